@@ -1,0 +1,345 @@
+"""The recipe: typed sections with documented fields, YAML files, `section.key=value` overrides, clear errors.
+
+Sections are grouped by intent: `model` and `method` say what is learned, `data` what is read, `optim` how it is
+optimised, `train` how long and how it is distributed, `precision` in which numbers, `run` where it goes.
+"""
+
+import difflib
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from lut_ds.errors import UserError
+from lut_ds.method.masking import keep_count
+
+Positive = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys are errors, and so are values of another type."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
+
+
+class Model(Section):
+    """Shape of the encoder and decoder."""
+
+    image_size: Positive = 224
+    """Side of a view, pixels."""
+    patch_size: Positive = 16
+    """Side of a patch, pixels."""
+    width: Positive = 768
+    """Encoder embedding width D."""
+    depth: Positive = 12
+    """Encoder blocks."""
+    heads: Positive = 12
+    """Encoder attention heads."""
+    mlp_ratio: Annotated[float, Field(gt=0)] = 4.0
+    """Hidden width of the MLPs over D."""
+    decoder_width: Positive = 512
+    """Decoder embedding width."""
+    decoder_depth: Positive = 8
+    """Decoder blocks."""
+    decoder_heads: Positive = 16
+    """Decoder attention heads."""
+
+    @property
+    def grid(self) -> int:
+        """Patches along a side."""
+        return self.image_size // self.patch_size
+
+    @property
+    def patches(self) -> int:
+        """L, patches of an image."""
+        return self.grid**2
+
+    @property
+    def patch_dim(self) -> int:
+        """P*P*3, values of a patch."""
+        return self.patch_size**2 * 3
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Model":
+        if self.image_size % self.patch_size:
+            raise ValueError(f"image_size {self.image_size} is not divisible by patch_size {self.patch_size}; change one of them")
+        for prefix in ("", "decoder_"):
+            width, heads = getattr(self, prefix + "width"), getattr(self, prefix + "heads")
+            if width % heads:
+                raise ValueError(f"{prefix}width {width} is not divisible by {prefix}heads {heads}; change one of them")
+            if width % 4:
+                raise ValueError(f"{prefix}width {width} is not divisible by 4, which sine-cosine positions need")
+        return self
+
+
+class Method(Section):
+    """What is learned."""
+
+    name: Literal["lut", "mae"] = "lut"
+    """`lut`: two views and an EMA teacher; `mae`: one view, no teacher."""
+    mask_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.75
+    """Share of hidden patches of each view."""
+    norm_pix: bool = True
+    """Normalise each target patch by its own mean and variance."""
+    w_mae: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of the reconstruction loss."""
+    w_bc: Annotated[float, Field(ge=0)] = 0.25
+    """Weight of the broader-contextualization loss."""
+    projector_depth: Annotated[int, Field(ge=0)] = 2
+    """Linear layers of the projector (0: identity)."""
+    predictor_depth: Annotated[int, Field(ge=0)] = 2
+    """Linear layers of the predictor (0: identity)."""
+    head_hidden: Positive = 4096
+    """Hidden width of both heads."""
+    head_norm: Literal["bn", "ln", "none"] = "bn"
+    """Norm inside the heads; `bn` is synchronised across ranks."""
+    head_act: Literal["relu", "gelu"] = "relu"
+    """Activation inside the heads."""
+    ema_decay: Fraction = 0.996
+    """EMA decay at the first step; a half cosine takes it to 1 at the end of the run."""
+
+    @property
+    def views(self) -> int:
+        """Views of each image that a step reads."""
+        return 2 if self.name == "lut" else 1
+
+
+class Data(Section):
+    """What is read, and how views are drawn from it."""
+
+    path: str | None = None
+    """Image folder: DIR/train/<class>/*.jpg, DIR/<class>/*.jpg or DIR/*.jpg."""
+    hflip: Fraction = 0.5
+    """Probability of a horizontal flip, drawn for each view."""
+    crop_pad: Annotated[int, Field(ge=0)] = 4
+    """Reflect padding before the random crop, pixels (LUT's views)."""
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    """Area range of RandomResizedCrop (MAE's view)."""
+    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
+    """Brightness, contrast, saturation and hue strengths of view 2."""
+    jitter_prob: Fraction = 0.8
+    """Probability of the colour jitter of view 2."""
+    photometric: bool = True
+    """Colour jitter and one of gray, solarize and blur on view 2."""
+    threads: Positive = 4
+    """Decoding threads of each rank."""
+    prefetch: Positive = 2
+    """Micro-batches prepared ahead."""
+
+
+class Optim(Section):
+    """How it is optimised: AdamW, linear warm-up from 0, then a half cosine by fractional epoch."""
+
+    blr: Annotated[float, Field(ge=0)] = 1.5e-4
+    """Base learning rate; `lr_rule` makes the peak from it."""
+    lr_rule: Literal["sqrt", "linear"] = "sqrt"
+    """Peak: `sqrt` blr*sqrt(global_batch)/4 (LUT's code), `linear` blr*global_batch/256 (MAE)."""
+    min_lr: Annotated[float, Field(ge=0)] = 0.0
+    """Learning rate at the end."""
+    warmup_epochs: Annotated[float, Field(ge=0)] = 40.0
+    """Epochs of linear warm-up."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's moment decays."""
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    """AdamW's epsilon."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    """Decoupled weight decay; none on 1-D tensors and biases."""
+    clip_grad: Annotated[float, Field(gt=0)] | None = None
+    """Clip the gradient's L2 norm to this; null: no clipping (as the references)."""
+
+
+class Train(Section):
+    """How long, in which batches, and how it is distributed. Below `global_batch`, nothing should change results."""
+
+    epochs: Positive = 1600
+    """Length of the schedules, epochs."""
+    global_batch: Positive = 4096
+    """Images an optimizer step, over all ranks and accumulation."""
+    max_steps: Positive | None = None
+    """Stop after this many optimizer steps; schedules keep their length."""
+    micro_batch: Positive | None = None
+    """Images a rank and forward pass; null: global_batch / world size. Accumulation follows from it."""
+    deepspeed: str = "zero1"
+    """Name of a file in ds_configs, or a path."""
+    deepspeed_override: dict[str, Any] = Field(default_factory=dict)
+    """Keys merged over that file."""
+    activation_checkpointing: bool = False
+    """Recompute each block in the backward pass."""
+    compile: bool | Literal["auto"] = "auto"
+    """torch.compile of the blocks; `auto`: on a GPU."""
+
+
+class Precision(Section):
+    """In which numbers."""
+
+    compute: Literal["fp32", "bf16"] = "bf16"
+    """Student's weights and activations; masters, moments and EMA are fp32 always."""
+    teacher: Literal["fp32", "bf16"] = "bf16"
+    """Teacher's replica and activations."""
+
+
+class Run(Section):
+    """Where it goes and how it is watched."""
+
+    dir: str | None = None
+    """Run folder; null: runs/<recipe>. A folder that holds a run of the same recipe is continued."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Seed of initialisation, order, views and masks."""
+    log_every: Positive = 10
+    """Steps between writes of metrics (every step is recorded)."""
+    save_every: Positive | None = None
+    """Steps between checkpoints; null: every epoch."""
+    keep_last: Positive = 2
+    """Newest checkpoints kept."""
+    keep_every_epochs: Positive | None = 100
+    """Checkpoints at multiples of this epoch are kept for ever."""
+    wandb: Literal["off", "offline", "online"] = "off"
+    """Mirror metrics to Weights & Biases; it can neither stop nor slow a run."""
+    wandb_project: str = "lut_ds"
+    """Project on Weights & Biases."""
+
+
+class Recipe(Section):
+    """A whole run."""
+
+    model: Model = Field(default_factory=Model)
+    method: Method = Field(default_factory=Method)
+    data: Data = Field(default_factory=Data)
+    optim: Optim = Field(default_factory=Optim)
+    train: Train = Field(default_factory=Train)
+    precision: Precision = Field(default_factory=Precision)
+    run: Run = Field(default_factory=Run)
+
+    @model_validator(mode="after")
+    def _combine(self) -> "Recipe":
+        views, patches = self.method.views, self.model.patches
+        keep = keep_count(patches, self.method.mask_ratio)
+        if views == 2 and self.method.mask_ratio < 0.5:
+            raise ValueError(f"method.mask_ratio {self.method.mask_ratio} is below 0.5: the two views' visible patches could not be disjoint")
+        if keep < 1:
+            raise ValueError(f"method.mask_ratio {self.method.mask_ratio} leaves no visible patch of {patches}; lower it")
+        if self.train.micro_batch is not None and self.train.global_batch % self.train.micro_batch:
+            raise ValueError(
+                f"train.micro_batch {self.train.micro_batch} does not divide train.global_batch {self.train.global_batch}; change one of them"
+            )
+        if self.optim.warmup_epochs >= self.train.epochs and self.optim.warmup_epochs > 0:
+            raise ValueError(f"optim.warmup_epochs {self.optim.warmup_epochs} is not below train.epochs {self.train.epochs}; change one of them")
+        return self
+
+
+def recipe_folder() -> Path:
+    """Folder of the shipped recipes."""
+    return Path(str(resources.files("lut_ds"))) / "recipes"
+
+
+def shipped_recipes() -> list[str]:
+    """Names of the shipped recipes."""
+    return sorted(p.stem for p in recipe_folder().glob("*.yaml"))
+
+
+def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe by name or path and apply `section.key=value` overrides.
+
+    Raises:
+        UserError: unknown recipe or key (the nearest valid one is named), wrong type, impossible combination.
+    """
+    path = find_recipe(name_or_path)
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"recipe {path}: not readable as YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"recipe {path}: expected a mapping of sections, found {type(tree).__name__}")
+    for override in overrides:
+        apply_override(tree, override)
+    return parse_recipe(tree, str(path.name))
+
+
+def find_recipe(name_or_path: str) -> Path:
+    """Path of a recipe given as a file or as the name of a shipped one."""
+    path = Path(name_or_path)
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise UserError(f"recipe {path}: no such file; `lut-ds recipes` lists the shipped ones")
+        return path
+    shipped = recipe_folder() / f"{name_or_path}.yaml"
+    if not shipped.is_file():
+        raise UserError(f"recipe {name_or_path}: no such recipe{_nearest(name_or_path, shipped_recipes())}; `lut-ds recipes` lists them")
+    return shipped
+
+
+def apply_override(tree: dict[str, Any], override: str) -> None:
+    """Set `section.key=value` in a recipe tree; the value is read as YAML."""
+    key, separator, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not separator or len(parts) < 2 or not all(parts):
+        raise UserError(f"override {override!r}: expected section.key=value, e.g. optim.blr=1e-4")
+    try:
+        value = _number(yaml.safe_load(text))
+    except yaml.YAMLError as error:
+        raise UserError(f"override {override!r}: value is not YAML: {' '.join(str(error).split())}") from error
+    node = tree
+    for part in parts[:-1]:
+        child = node.get(part)
+        if child is None:
+            child = node[part] = {}
+        if not isinstance(child, dict):
+            raise UserError(f"override {override!r}: {part} is a value, not a section")
+        node = child
+    node[parts[-1]] = value
+
+
+def parse_recipe(tree: dict[str, Any], origin: str) -> Recipe:
+    """Validate a recipe tree; `origin` names it in errors."""
+    try:
+        return Recipe.model_validate(_coerce(tree))
+    except ValidationError as error:
+        raise UserError(f"recipe {origin}: {_describe(error.errors()[0])}") from None
+
+
+def recipe_keys() -> list[str]:
+    """Every valid `section.key`."""
+    sections = {name: field.annotation for name, field in Recipe.model_fields.items()}
+    return [f"{name}.{key}" for name, section in sections.items() for key in section.model_fields]  # type: ignore[union-attr]
+
+
+def _coerce(node: Any) -> Any:
+    """YAML has no tuples and reads 1e-4 as text: make both what strict validation expects."""
+    if isinstance(node, dict):
+        return {key: _coerce(value) for key, value in node.items()}
+    if isinstance(node, list):
+        return tuple(_coerce(value) for value in node)
+    return _number(node)
+
+
+def _number(value: Any) -> Any:
+    """A float written without a dot, such as 1e-4, is text to YAML 1.1."""
+    if isinstance(value, str):
+        try:
+            return float(value) if "e" in value.lower() and value.lstrip("+-")[:1].isdigit() else value
+        except ValueError:
+            return value
+    return value
+
+
+def _describe(error: Any) -> str:
+    where = ".".join(str(part) for part in error["loc"] if part not in ("bool", "int"))
+    found = error.get("input")
+    if error["type"] == "extra_forbidden":
+        candidates = recipe_keys() if "." in where else list(Recipe.model_fields)
+        return f"unknown key {where}{_nearest(where, candidates)}"
+    if error["type"] == "value_error":
+        return f"{where}: {error['ctx']['error']}" if where else str(error["ctx"]["error"])
+    return f"{where}: {error['msg'][0].lower()}{error['msg'][1:]}, found {found!r}"
+
+
+def _nearest(name: str, candidates: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, candidates, n=1, cutoff=0.5)
+    if not close and "." in name:  # a right key in a wrong section
+        key = name.rsplit(".", 1)[1]
+        close = [candidate for candidate in candidates if candidate.rsplit(".", 1)[1] == key][:1]
+    return f"; did you mean {close[0]}?" if close else ""

@@ -1,0 +1,38 @@
+"""AdamW parameter groups as the reference's, and an AdamW that a flag on the device can hold back."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def decays(name: str, parameter: Tensor) -> bool:
+    """Whether weight decay applies: not to 1-D tensors and biases; cls and mask tokens are decayed (timm 0.4's rule)."""
+    return parameter.dim() > 1 and not name.endswith(".bias")
+
+
+def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
+    """Two AdamW groups, decayed and not; frozen parameters are left out. Each group keeps its `names`."""
+    groups: dict[bool, list[tuple[str, nn.Parameter]]] = {True: [], False: []}
+    for name, parameter in named:
+        if parameter.requires_grad:
+            groups[decays(name, parameter)].append((name, parameter))
+    return [
+        {"params": [p for _, p in members], "names": [n for n, _ in members], "weight_decay": weight_decay if decay else 0.0}
+        for decay, members in groups.items()
+        if members
+    ]
+
+
+class GuardedAdamW(torch.optim.AdamW):
+    """Fused AdamW that leaves weights, moments and its step count alone where `found_inf` is 1.
+
+    The fused update reads the flag on the device, so a bad step costs no host synchronisation. Whoever knows about the
+    gradients of all ranks sets `found_inf` (float32, one element) before `step`.
+    """
+
+    found_inf: Tensor
+
+    def __init__(self, params: Any, lr: float, betas: tuple[float, float], eps: float) -> None:
+        super().__init__(params, lr=lr, betas=betas, eps=eps, fused=True)
