@@ -1,0 +1,82 @@
+"""From a recipe to modules: student, teacher, and the shapes that FLOPs are counted from."""
+
+import copy
+
+import torch
+from torch import nn
+
+from lut_ds.config import Recipe
+from lut_ds.method.decoder import Decoder
+from lut_ds.method.encoder import Encoder
+from lut_ds.method.flops import Shape
+from lut_ds.method.heads import make_head
+from lut_ds.method.lut import LUT, MAE, Teacher
+from lut_ds.method.masking import keep_count
+
+
+def build_encoder(recipe: Recipe) -> Encoder:
+    """The encoder alone, freshly initialised."""
+    m = recipe.model
+    return Encoder(m.image_size, m.patch_size, m.width, m.depth, m.heads, m.mlp_ratio)
+
+
+def build_student(recipe: Recipe) -> MAE:
+    """The module that is trained, initialised from `run.seed`; equal on every rank. Parameters are fp32."""
+    m, method = recipe.model, recipe.method
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.run.seed)
+        encoder = build_encoder(recipe)
+        decoder = Decoder(m.width, m.grid, m.decoder_width, m.decoder_depth, m.decoder_heads, m.patch_dim)
+        if recipe.train.activation_checkpointing:
+            encoder.grad_checkpointing = decoder.grad_checkpointing = True
+        if method.name == "mae":
+            return MAE(encoder, decoder, mask_ratio=method.mask_ratio, norm_pix=method.norm_pix)
+        return LUT(
+            encoder,
+            decoder,
+            make_head(method.projector_depth, m.width, method.head_hidden, method.head_norm, method.head_act),
+            make_head(method.predictor_depth, m.width, method.head_hidden, method.head_norm, method.head_act),
+            mask_ratio=method.mask_ratio,
+            norm_pix=method.norm_pix,
+            w_mae=method.w_mae,
+            w_bc=method.w_bc,
+        )
+
+
+def build_teacher(recipe: Recipe, student: MAE, device: torch.device) -> Teacher | None:
+    """A copy of the student's encoder and projector; weights in the teacher's dtype, buffers in fp32. None for MAE."""
+    if not isinstance(student, LUT):
+        return None
+    teacher = Teacher(copy.deepcopy(student.encoder), copy.deepcopy(student.projector)).to(device)
+    dtype = torch.bfloat16 if recipe.precision.teacher == "bf16" else torch.float32
+    for parameter in teacher.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return teacher
+
+
+def compile_blocks(*modules: nn.Module | None) -> None:
+    """torch.compile every transformer block in place: one graph a shape, parameter names unchanged."""
+    for module in modules:
+        if module is not None:
+            for name, child in module.named_modules():
+                if name.rpartition(".")[2].isdigit() and name.rpartition(".")[0].endswith("blocks"):
+                    child.compile()
+
+
+def flops_shape(recipe: Recipe) -> Shape:
+    """Sizes for `lut_ds.method.flops`."""
+    m, method = recipe.model, recipe.method
+    return Shape(
+        patches=m.patches,
+        kept=keep_count(m.patches, method.mask_ratio),
+        patch_dim=m.patch_dim,
+        width=m.width,
+        depth=m.depth,
+        mlp_ratio=m.mlp_ratio,
+        decoder_width=m.decoder_width,
+        decoder_depth=m.decoder_depth,
+        views=method.views,
+        head_hidden=method.head_hidden,
+        projector_depth=method.projector_depth,
+        predictor_depth=method.predictor_depth,
+    )

@@ -1,0 +1,195 @@
+"""Checkpoint folders that can be trusted: written aside, hashed, renamed whole, verified before use.
+
+    checkpoints/step_00000020/rank_00000.safetensors   this rank's fp32 shards and generator states
+                              shared.safetensors       what is equal on all ranks
+                              state.json               step and whatever the run wants back
+                              manifest.json            size and SHA-256 of each file; written last
+    checkpoints/latest                                 name of the newest, replaced atomically
+
+Only safetensors and JSON: nothing in a checkpoint can execute code.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lut_ds.errors import RunFault
+
+FORMAT = 1
+
+
+def step_name(step: int) -> str:
+    """Folder name of a step."""
+    return f"step_{step:08d}"
+
+
+class CheckpointStore:
+    """The checkpoints of one run; every method but `candidates` is a collective call of all ranks.
+
+    Args:
+        folder: `<run>/checkpoints`.
+        rank, world_size: of this process.
+        keep_last: newest checkpoints kept.
+        keep_every: steps whose multiples are kept for ever; None keeps none beyond `keep_last`.
+        report: takes one line about damaged or removed checkpoints (rank 0 only).
+    """
+
+    def __init__(self, folder: Path, rank: int, world_size: int, keep_last: int, keep_every: int | None, report: Callable[[str], None]) -> None:
+        self.folder, self.rank, self.world_size = folder, rank, world_size
+        self.keep_last, self.keep_every, self.report = keep_last, keep_every, report
+        if rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            for leftover in folder.glob(".step_*.partial"):
+                shutil.rmtree(leftover)
+        dist.barrier()
+
+    def save(self, step: int, own: dict[str, Tensor], metadata: Mapping[str, str], shared: dict[str, Tensor], state: dict[str, Any]) -> Path:
+        """Write a checkpoint; on return it is complete on disk and `latest` names it.
+
+        Args:
+            step: optimizer steps done.
+            own: this rank's tensors; metadata: strings stored beside them.
+            shared: tensors equal on all ranks, and state: JSON values (rank 0's are written).
+
+        Raises:
+            RunFault: on every rank when any rank could not write; earlier checkpoints are untouched.
+        """
+        partial, final = self.folder / f".{step_name(step)}.partial", self.folder / step_name(step)
+
+        def prepare() -> None:
+            if self.rank == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir()
+
+        def write() -> dict[str, Any]:
+            files = {f"rank_{self.rank:05d}.safetensors": (own, dict(metadata))}
+            if self.rank == 0:
+                files["shared.safetensors"] = (shared, {})
+                write_json(partial / "state.json", {"step": step, **state})
+            for name, (tensors, strings) in files.items():
+                save_file(tensors, partial / name, strings)
+            names = [*files, *(["state.json"] if self.rank == 0 else [])]
+            return {name: describe_file(partial / name) for name in names}
+
+        def publish() -> None:
+            if self.rank == 0:
+                files = {name: entry for part in entries for name, entry in part.items()}
+                write_json(partial / "manifest.json", {"format": FORMAT, "step": step, "world_size": self.world_size, "files": files})
+                if final.exists():  # a damaged one of the same step, or the run was rewound
+                    shutil.rmtree(final)
+                os.replace(partial, final)
+                write_text_atomically(self.folder / "latest", final.name + "\n")
+                self._retire(step)
+
+        self._all_ranks(step, prepare)
+        entries = self._all_ranks(step, write)
+        self._all_ranks(step, publish)
+        return final
+
+    def newest_valid(self) -> Path | None:
+        """The newest checkpoint whose every file has the size and hash its manifest names; damaged ones are reported."""
+        for path in self.candidates():
+            problem = verify(path, self.rank, self.world_size)
+            problems: list[str | None] = [None] * self.world_size
+            dist.all_gather_object(problems, problem)
+            if not any(problems):
+                return path
+            if self.rank == 0:
+                self.report(f"checkpoint {path.name} is damaged and passed over: {next(p for p in problems if p)}")
+        return None
+
+    def candidates(self) -> list[Path]:
+        """Finished checkpoints, newest first."""
+        return sorted((p for p in self.folder.glob("step_*") if p.is_dir()), reverse=True)
+
+    def _retire(self, newest: int) -> None:
+        """Remove old checkpoints; only ever called after a newer one is complete."""
+        steps = sorted(int(p.name.removeprefix("step_")) for p in self.folder.glob("step_*") if p.is_dir())
+        for step in [s for s in steps if s <= newest][: -self.keep_last]:
+            if self.keep_every is None or step % self.keep_every:
+                shutil.rmtree(self.folder / step_name(step))
+
+    def _all_ranks(self, step: int, action: Callable[[], Any]) -> list[Any]:
+        """Run `action` on every rank; a failure on one is an error on all, so that nobody waits for the dead."""
+        result, failure = None, None
+        try:
+            result = action()
+        except (OSError, SafetensorError) as error:
+            full = isinstance(error, OSError) and error.errno == errno.ENOSPC or "os error 28" in str(error)
+            failure = f"rank {self.rank}: {'disk full: ' if full else ''}{error}"
+        gathered: list[Any] = [None] * self.world_size
+        dist.all_gather_object(gathered, (result, failure))
+        failures = [f for _, f in gathered if f]
+        if failures:
+            if self.rank == 0:
+                shutil.rmtree(self.folder / f".{step_name(step)}.partial", ignore_errors=True)
+            raise RunFault(f"checkpoint of step {step} not written to {self.folder}: {failures[0]}; earlier checkpoints are intact")
+        return [r for r, _ in gathered]
+
+
+def describe_file(path: Path) -> dict[str, Any]:
+    """Size and SHA-256 of a file, after it reached the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"size": path.stat().st_size, "sha256": digest}
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """A checkpoint's manifest.
+
+    Raises:
+        ValueError: missing, unreadable or of another format.
+    """
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"manifest.json: {error}") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or not isinstance(manifest.get("files"), dict):
+        raise ValueError(f"manifest.json: expected format {FORMAT}, found {manifest.get('format') if isinstance(manifest, dict) else manifest!r}")
+    return manifest
+
+
+def verify(path: Path, part: int = 0, parts: int = 1) -> str | None:
+    """What is wrong with a checkpoint, or None. Each of `parts` callers checks its share of the files."""
+    try:
+        manifest = read_manifest(path)
+    except ValueError as error:
+        return str(error)
+    for index, (name, expected) in enumerate(sorted(manifest["files"].items())):
+        file = path / name
+        if not file.is_file():
+            return f"{name}: missing"
+        if file.stat().st_size != expected["size"]:
+            return f"{name}: expected {expected['size']} bytes, found {file.stat().st_size}"
+        if index % parts == part and describe_file(file)["sha256"] != expected["sha256"]:
+            return f"{name}: content does not match its SHA-256"
+    return None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON and wait until it is on the disk."""
+    with path.open("w") as file:
+        json.dump(value, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """Replace a file's content in one step, so that a reader never sees half of it."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    with aside.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)

@@ -1,0 +1,154 @@
+"""Who am I among the ranks: nothing, torchrun, the deepspeed launcher and srun all end in one `Ranks`."""
+
+import os
+import re
+import socket
+import subprocess
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from lut_ds.errors import UserError
+
+# deepspeed.accelerator.real_accelerator's list; checked here because DeepSpeed's own error is a stack trace.
+ACCELERATORS = ("cuda", "cpu", "xpu", "npu", "mps", "hpu", "mlu", "sdaa", "supa", "klxpu")
+SUPPORTED_ACCELERATORS = ("cuda", "cpu")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Place of this process: global rank, ranks in all, rank on this node, the device it trains on, who started it."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+    launcher: str
+
+    @property
+    def main(self) -> bool:
+        """Rank 0 writes files and talks."""
+        return self.rank == 0
+
+
+def slurm_environment(env: Mapping[str, str]) -> dict[str, str]:
+    """RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT for a task that srun started; empty elsewhere.
+
+    Only inside a step (SLURM_STEP_NUM_TASKS): a batch script has SLURM_PROCID too, but is not a rank.
+    """
+    if "SLURM_STEP_NUM_TASKS" not in env or "SLURM_PROCID" not in env:
+        return {}
+    found = {"RANK": env["SLURM_PROCID"], "WORLD_SIZE": env["SLURM_STEP_NUM_TASKS"], "LOCAL_RANK": env.get("SLURM_LOCALID", "0")}
+    nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "")
+    found["MASTER_ADDR"] = env.get("MASTER_ADDR") or first_host(nodes)
+    found["MASTER_PORT"] = env.get("MASTER_PORT") or str(20000 + int(env.get("SLURM_JOB_ID", "0")) % 20000)
+    return found
+
+
+def first_host(nodelist: str) -> str:
+    """First host of a Slurm node list: `scontrol` where it is installed, else the simple forms `a`, `a,b`, `n[3-5,9]`."""
+    try:
+        shown = subprocess.run(["scontrol", "show", "hostnames", nodelist], capture_output=True, text=True, check=True, timeout=30)
+        return shown.stdout.split()[0]
+    except (FileNotFoundError, subprocess.SubprocessError, IndexError):
+        match = re.match(r"([^\[,]+)(?:\[(\d+))?([^\],-]*)", nodelist)
+        if match is None:
+            raise UserError(f"Slurm: expected a node list in SLURM_STEP_NODELIST, found {nodelist!r}; set MASTER_ADDR") from None
+        return match[1] + (match[2] or "")
+
+
+def check_accelerator() -> str:
+    """Name of the accelerator to train on, from DS_ACCELERATOR or what torch sees; sets the variable for DeepSpeed.
+
+    Raises:
+        UserError: DS_ACCELERATOR names nothing that exists, or something this machine lacks.
+    """
+    wanted = os.environ.get("DS_ACCELERATOR")
+    if wanted is None:
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    elif wanted not in ACCELERATORS:
+        raise UserError(f"DS_ACCELERATOR: expected one of {', '.join(SUPPORTED_ACCELERATORS)}, found {wanted!r}; unset it or correct it")
+    elif wanted not in SUPPORTED_ACCELERATORS:
+        raise UserError(f"DS_ACCELERATOR: {wanted!r} is not supported by lut_ds (cuda and cpu are); unset it")
+    elif wanted == "cuda" and not torch.cuda.is_available():
+        raise UserError("DS_ACCELERATOR: 'cuda' asked for, but torch finds no CUDA device here; unset it to train on the CPU")
+    os.environ["DS_ACCELERATOR"] = wanted
+    return wanted
+
+
+def discover_ranks() -> Ranks:
+    """Read the launcher's environment, complete it for Slurm or a lone process, and pick the device.
+
+    Raises:
+        UserError: bad accelerator, incomplete environment, more ranks on this node than devices.
+    """
+    accelerator = check_accelerator()
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        launcher = "torchrun" if "TORCHELASTIC_RUN_ID" in os.environ else "environment"
+    elif found := slurm_environment(os.environ):
+        os.environ.update(found)
+        launcher = "srun"
+    else:
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        launcher = "none"
+    rank, world_size = _integer("RANK"), _integer("WORLD_SIZE")
+    os.environ.setdefault("LOCAL_RANK", str(rank % max(torch.cuda.device_count(), 1)))
+    local_rank = _integer("LOCAL_RANK")
+    if accelerator == "cuda" and local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"launch: local rank {local_rank} has no device: more ranks than the {torch.cuda.device_count()} CUDA device(s) of "
+            f"{socket.gethostname()}; start fewer ranks a node, or set DS_ACCELERATOR=cpu",
+            this_rank=True,
+        )
+    device = torch.device("cuda", local_rank) if accelerator == "cuda" else torch.device("cpu")
+    return Ranks(rank, world_size, local_rank, device, launcher)
+
+
+def _integer(name: str) -> int:
+    value = os.environ.get(name, "")
+    if not value.isdigit():
+        raise UserError(f"launch: environment variable {name}: expected a number, found {value!r}; start through torchrun, deepspeed or srun")
+    return int(value)
+
+
+@contextmanager
+def process_group(ranks: Ranks, timeout_minutes: float = 30.0) -> Iterator[None]:
+    """Join the ranks through DeepSpeed (NCCL on GPUs, gloo on CPUs) and leave in good order.
+
+    The closing barrier matters: without it gloo aborts at exit in up to a third of runs.
+
+    Raises:
+        UserError: the rendezvous port is taken.
+    """
+    import deepspeed
+
+    # Its first use would compile a C++ extension for half a minute, and a killed build hangs later runs.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if ranks.world_size == 1:
+        os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    if ranks.device.type == "cuda":
+        torch.cuda.set_device(ranks.device)
+    backend = "nccl" if ranks.device.type == "cuda" else "gloo"
+    try:
+        deepspeed.init_distributed(backend, timeout=timedelta(minutes=timeout_minutes), verbose=False)
+    except (RuntimeError, dist.DistNetworkError) as error:
+        if "address already in use" in str(error).lower() or "EADDRINUSE" in str(error):
+            where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            raise UserError(f"launch: port in use: {where}; another run listens there, set MASTER_PORT to a free port") from error
+        raise
+    try:
+        yield
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

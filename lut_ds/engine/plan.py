@@ -1,0 +1,119 @@
+"""What a run will be, before it starts: parameters, tokens, FLOPs, steps, memory. Nothing is allocated on a device."""
+
+from typing import Any
+
+import torch
+
+from lut_ds.config import Recipe
+from lut_ds.data.sources import ImageFolder
+from lut_ds.engine.build import build_student, flops_shape
+from lut_ds.engine.ds_config import load_ds_config, zero_stage
+from lut_ds.engine.schedules import peak_lr
+from lut_ds.engine.step import split_batch
+from lut_ds.errors import UserError
+from lut_ds.method.flops import step_flops
+from lut_ds.method.lut import LUT
+
+
+def parameter_counts(recipe: Recipe) -> dict[str, int]:
+    """Trainable parameters of each part, the teacher's and the total, from modules on the meta device."""
+    with torch.device("meta"):
+        student = build_student(recipe)
+    counts = {name: sum(p.numel() for p in part.parameters()) for name, part in student.named_children()}
+    counts["student"] = sum(counts.values())
+    counts["teacher"] = counts["encoder"] + counts["projector"] if isinstance(student, LUT) else 0
+    return counts
+
+
+def memory_estimate(recipe: Recipe, counts: dict[str, int], stage: int, world_size: int, micro_batch: int) -> dict[str, float]:
+    """GiB a rank for each kind of state, and for the activations of one micro-batch.
+
+    States follow the ZeRO paper (Rajbhandari et al. 2020): weights sharded from stage 3, gradients from 2, fp32 masters,
+    moments and EMA from 1. Activations are an upper estimate of what autograd keeps in pre-norm blocks with fused
+    attention: 34 bytes-per-half-precision units of [tokens, width] a block (Korthikanti et al. 2022, without the quadratic
+    term), or one with checkpointing.
+    """
+    m, shape = recipe.model, flops_shape(recipe)
+    element = 2 if recipe.precision.compute == "bf16" else 4
+    student, teacher = counts["student"], counts["teacher"]
+
+    def sharded(from_stage: int) -> float:
+        return world_size if stage >= from_stage else 1
+
+    units = 2 if recipe.train.activation_checkpointing else 34
+    encoder_tokens = shape.views * (1 + shape.kept)
+    block_elements = encoder_tokens * m.width * m.depth + (1 + m.patches) * m.decoder_width * m.decoder_depth
+    gib = 2.0**30
+    return {
+        "weights": student * element / sharded(3) / gib,
+        "gradients": student * element / sharded(2) / gib,
+        "masters": (student * 4 / sharded(1) / gib) if stage > 0 else 0.0,
+        "moments": student * 8 / sharded(1) / gib,
+        "ema": (student * 4 / sharded(1) / gib) if teacher else 0.0,
+        "teacher": teacher * (2 if recipe.precision.teacher == "bf16" else 4) / gib,
+        "activations": micro_batch * block_elements * units * (element / 2) / gib,
+    }
+
+
+def plan(recipe: Recipe, world_size: int) -> dict[str, Any]:
+    """The whole plan as JSON values; see `describe_plan` for people.
+
+    Raises:
+        UserError: no data, or sizes that do not fit together.
+    """
+    if recipe.data.path is None:
+        raise UserError("data.path: no image folder given; add data.path=DIR, where DIR holds train/<class>/*.jpg")
+    images = len(ImageFolder(recipe.data.path, split="train"))
+    stage = zero_stage(load_ds_config(recipe))
+    micro_batch, accumulation = split_batch(recipe.train.global_batch, recipe.train.micro_batch, world_size)
+    steps_per_epoch = images // recipe.train.global_batch
+    if steps_per_epoch == 0:
+        raise UserError(f"train.global_batch: {recipe.train.global_batch} is more than the {images} images in {recipe.data.path}; lower it")
+    steps = min(steps_per_epoch * recipe.train.epochs, recipe.train.max_steps or steps_per_epoch * recipe.train.epochs)
+    counts = parameter_counts(recipe)
+    shape = flops_shape(recipe)
+    memory = memory_estimate(recipe, counts, stage, world_size, micro_batch)
+    flops = step_flops(shape)
+    return {
+        "images": images,
+        "world_size": world_size,
+        "micro_batch": micro_batch,
+        "accumulation": accumulation,
+        "global_batch": recipe.train.global_batch,
+        "steps_per_epoch": steps_per_epoch,
+        "steps": steps,
+        "epochs": recipe.train.epochs,
+        "peak_lr": peak_lr(recipe.optim.blr, recipe.train.global_batch, recipe.optim.lr_rule),
+        "parameters": counts,
+        "tokens": {
+            "patches": shape.patches,
+            "student_per_view": 1 + shape.kept,
+            "views": shape.views,
+            "teacher_per_view": 1 + shape.patches if counts["teacher"] else 0,
+            "decoder": 1 + shape.patches,
+        },
+        "gflop_per_image": {name: value / 1e9 for name, value in flops.items()},
+        "total_eflop": flops["total"] * recipe.train.global_batch * steps / 1e18,
+        "zero_stage": stage,
+        "memory_gib_per_rank": {**memory, "total": sum(memory.values())},
+    }
+
+
+def describe_plan(name: str, plan: dict[str, Any]) -> str:
+    """The plan as lines for a person."""
+    p, t, f, m = plan["parameters"], plan["tokens"], plan["gflop_per_image"], plan["memory_gib_per_rank"]
+    parts = ", ".join(f"{part} {p[part] / 1e6:.1f} M" for part in p if part not in ("student", "teacher"))
+    teacher = f"; teacher {p['teacher'] / 1e6:.1f} M" if p["teacher"] else ""
+    lines = [
+        f"plan of {name}",
+        f"  data        {plan['images']:,} images, {plan['steps_per_epoch']:,} steps an epoch, {plan['steps']:,} steps ({plan['epochs']} epochs of schedule)",
+        f"  batch       {plan['global_batch']} = {plan['world_size']} rank(s) x {plan['micro_batch']} x {plan['accumulation']} accumulation; peak lr {plan['peak_lr']:.3e}",
+        f"  parameters  student {p['student'] / 1e6:.1f} M ({parts}){teacher}",
+        f"  tokens      {t['patches']} patches; student {t['views']} x {t['student_per_view']}, teacher {t['views'] if t['teacher_per_view'] else 0} x "
+        f"{t['teacher_per_view']}, decoder {t['decoder']}",
+        f"  FLOPs       {f['total']:.1f} GFLOP an image (" + ", ".join(f"{k} {v:.1f}" for k, v in f.items() if k != "total") + f"); {plan['total_eflop']:.3g} EFLOP in all",
+        f"  memory      {m['total']:.1f} GiB a rank at ZeRO stage {plan['zero_stage']} ("
+        + ", ".join(f"{k} {v:.2f}" for k, v in m.items() if k != "total")
+        + "); an estimate, activations an upper one",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,116 @@
+"""The run folder: resolved recipe, environment, metrics, checkpoints; and whether it may be continued."""
+
+import json
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+import uuid
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lut_ds.config import Recipe
+from lut_ds.engine.checkpoint import write_text_atomically
+from lut_ds.errors import UserError
+
+# What may differ between a run and its continuation: how it is distributed, watched and stopped, not what is learned.
+FREE = {
+    "data.path",
+    "data.threads",
+    "data.prefetch",
+    "train.max_steps",
+    "train.micro_batch",
+    "train.deepspeed",
+    "train.deepspeed_override",
+    "train.activation_checkpointing",
+    "train.compile",
+    "precision.teacher",
+}
+PACKAGES = ("torch", "deepspeed", "timm", "triton", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "numpy", "wandb", "lut-ds")
+
+
+def run_folder(recipe: Recipe, recipe_name: str) -> Path:
+    """Folder of a run: `run.dir`, or runs/<recipe>."""
+    return Path(recipe.run.dir) if recipe.run.dir else Path("runs") / Path(recipe_name).stem
+
+
+def open_run_folder(folder: Path, recipe: Recipe) -> None:
+    """Create the folder, or check that it holds a run of the same recipe; write the resolved recipe and environment.
+
+    Raises:
+        UserError: it holds something else, or a run of another recipe (the first differing key is named).
+    """
+    stored = folder / "recipe.yaml"
+    if stored.is_file():
+        _check_same(folder, stored, recipe)
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"run.dir: {folder} exists and is no run folder (it has no recipe.yaml); name a new or empty folder")
+    try:
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        write_text_atomically(stored, yaml.safe_dump(json.loads(recipe.model_dump_json()), sort_keys=False))
+        with (folder / "environment.jsonl").open("a") as file:
+            file.write(json.dumps(environment()) + "\n")
+    except OSError as error:
+        raise UserError(f"run.dir: {folder} cannot be written: {error}; name another folder") from error
+
+
+def _check_same(folder: Path, stored: Path, recipe: Recipe) -> None:
+    try:
+        old = yaml.safe_load(stored.read_text())
+        assert isinstance(old, dict)
+    except (OSError, yaml.YAMLError, AssertionError) as error:
+        raise UserError(f"run.dir: {stored} is not readable; name another folder") from error
+    new = json.loads(recipe.model_dump_json())
+    for section in new:
+        for key, value in new[section].items():
+            name = f"{section}.{key}"
+            if section == "run" and key != "seed" or name in FREE:
+                continue
+            if old.get(section, {}).get(key) != value:
+                raise UserError(
+                    f"run.dir: {folder} holds a run of another recipe: {name} is {old.get(section, {}).get(key)!r} there and {value!r} here"
+                    "; name another run.dir, or give the same recipe to continue"
+                )
+
+
+def environment() -> dict[str, Any]:
+    """Versions, machine, command and git state, for the record."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": shlex.join(sys.argv),
+        "host": platform.node(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "versions": versions,
+        "git": git_state(Path(__file__).parent),
+    }
+
+
+def git_state(folder: Path) -> dict[str, Any] | None:
+    """Commit and whether the tree has changes, if `folder` is in a git checkout."""
+    if shutil.which("git") is None:
+        return None
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=False)
+    if commit.returncode:
+        return None
+    status = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=folder, capture_output=True, text=True, check=False)
+    return {"commit": commit.stdout.strip(), "dirty": bool(status.stdout.strip())}
+
+
+def tracker_id(folder: Path) -> str:
+    """The run's id for trackers: made once, kept in the run folder."""
+    file = folder / "tracker_id"
+    if not file.is_file():
+        write_text_atomically(file, uuid.uuid4().hex[:12] + "\n")
+    return file.read_text().strip()

@@ -1,0 +1,38 @@
+"""Asking a run to stop: a signal sets a flag, the ranks agree on a step, save, and leave with exit code 3."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+class StopRequest:
+    """Whether this rank was asked to stop, and by which signal."""
+
+    def __init__(self) -> None:
+        self.signal_name: str | None = None
+
+    @property
+    def requested(self) -> bool:
+        """True once a signal came."""
+        return self.signal_name is not None
+
+
+@contextmanager
+def listen() -> Iterator[StopRequest]:
+    """Turn the stop signals into a request while inside; a second SIGINT interrupts at once."""
+    request = StopRequest()
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and request.requested:
+            raise KeyboardInterrupt
+        request.signal_name = signal.Signals(number).name
+
+    previous = {number: signal.signal(number, handler) for number in STOP_SIGNALS}
+    try:
+        yield request
+    finally:
+        for number, old in previous.items():
+            signal.signal(number, old)

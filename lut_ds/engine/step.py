@@ -1,0 +1,185 @@
+"""One optimizer step: micro-batches through teacher and student, gradients through ZeRO, EMA, all guarded on the device."""
+
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+import torch.distributed.nn.functional as dist_functional
+from torch import Tensor, nn
+
+from lut_ds.config import Recipe
+from lut_ds.engine.build import build_student, build_teacher, compile_blocks
+from lut_ds.engine.ds_config import load_ds_config, resolve_ds_config, zero_stage
+from lut_ds.engine.ema import WeightEMA
+from lut_ds.engine.launch import Ranks
+from lut_ds.engine.optim import GuardedAdamW, parameter_groups
+from lut_ds.engine.shards import MasterShards
+from lut_ds.errors import UserError
+from lut_ds.method.heads import HeadBatchNorm
+
+
+class MicroBatch(Protocol):
+    """What the step needs of a batch: views (uint8 [b, S, S, 3] each) and mask noise [b, L], on the training device."""
+
+    views: list[Tensor]
+    noise: Tensor
+
+
+class Trainer:
+    """Student under DeepSpeed, teacher, EMA and the guards around a step.
+
+    Args:
+        recipe: validated recipe.
+        ranks: this process's place; the process group exists.
+        micro_batch, accumulation: sizes that make up the global batch.
+    """
+
+    def __init__(self, recipe: Recipe, ranks: Ranks, micro_batch: int, accumulation: int) -> None:
+        import deepspeed
+
+        ds_config = load_ds_config(recipe)
+        self.stage = zero_stage(ds_config)
+        self.accumulation = accumulation
+        self.device = ranks.device
+        student = build_student(recipe).to(ranks.device)
+        self.teacher = build_teacher(recipe, student, ranks.device)
+        self.metric_names = ("loss", "mae", "bc", "feature_spread") if self.teacher is not None else ("loss", "mae", "feature_spread")
+        synchronise_batch_norm(student, ranks.world_size)
+        if recipe.train.compile is True or (recipe.train.compile == "auto" and ranks.device.type == "cuda"):
+            compile_blocks(student, self.teacher)
+        groups = parameter_groups(student.named_parameters(), recipe.optim.weight_decay)
+        client = GuardedAdamW(groups, lr=0.0, betas=recipe.optim.betas, eps=recipe.optim.eps)
+        fp32_buffers = {name: buffer.clone() for name, buffer in student.named_buffers()}
+        self.engine, *_ = deepspeed.initialize(
+            model=student,
+            optimizer=client,
+            config=resolve_ds_config(ds_config, recipe, micro_batch, accumulation),
+            dist_init_required=False,
+        )
+        self.student: nn.Module = self.engine.module
+        _keep_buffers(self.student, fp32_buffers)
+        self.shards = MasterShards(self.engine, self.student, self.stage)
+        self.ema = WeightEMA(self.shards, self.student, self.teacher) if self.teacher is not None else None
+        self._batch_norm = [b for m in self.student.modules() if isinstance(m, HeadBatchNorm) for b in m.buffers()]
+        self._blocked = torch.zeros((), device=ranks.device)
+        if self.stage in (1, 2):
+            self._watch_norm()
+
+    def update(self, batches: Iterable[MicroBatch], lr: float, ema_decay: float, stop_requested: bool = False) -> Tensor:
+        """One optimizer step over `accumulation` micro-batches.
+
+        A non-finite loss or gradient on any rank leaves weights, moments, EMA and batch-norm statistics as they were.
+
+        Args:
+            batches: exactly `accumulation` micro-batches of this rank.
+            lr, ema_decay: of this step.
+            stop_requested: whether this rank wants to stop; the ranks' answers come back summed.
+
+        Returns:
+            float32 [len(metric_names) + 3] on the device: means over micro-batches and ranks, then the gradient's L2 norm
+            before clipping, 1 if the step was applied, and the number of ranks that want to stop.
+        """
+        before = [buffer.clone() for buffer in self._batch_norm]
+        total = torch.zeros(len(self.metric_names), device=self.device)
+        micro_batches = list(batches)
+        for index, batch in enumerate(micro_batches):
+            losses = self._backward(batch)
+            total += torch.stack([losses[name].detach().float() for name in self.metric_names])
+            if index == self.accumulation - 1:
+                shared = self._share(total / self.accumulation, stop_requested)
+            else:
+                self.engine.step()
+        self._blocked = (~torch.isfinite(shared[0])).float()
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lr
+        norm = self._step()
+        applied = 1 - self._blocked
+        for buffer, old in zip(self._batch_norm, before, strict=True):
+            buffer.copy_(torch.where(applied.bool(), buffer, old))
+        if self.ema is not None:
+            self.ema.update((1 - ema_decay) * applied)
+        return torch.cat([shared[:-1], torch.stack([norm.float(), applied]), shared[-1:]])
+
+    def _backward(self, batch: MicroBatch) -> dict[str, Tensor]:
+        teacher_q = self.teacher(batch.views) if self.teacher is not None else None
+        losses = self.engine(batch.views, batch.noise, teacher_q)
+        self.engine.backward(losses["loss"])
+        return losses
+
+    def _share(self, metrics: Tensor, stop_requested: bool) -> Tensor:
+        """Mean of the metrics over ranks, and the number of ranks that want to stop: one small all-reduce."""
+        world = dist.get_world_size()
+        shared = torch.cat([metrics / world, torch.full((1,), float(stop_requested), device=self.device)])
+        if world > 1:
+            dist.all_reduce(shared)
+        return shared
+
+    def _step(self) -> Tensor:
+        """Apply the gradients unless they are bad; returns their norm (0-dim)."""
+        client = self.shards.client
+        if self.stage == 0:
+            gradients = [p.grad for p in self.student.parameters() if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm(gradients)
+            self._blocked = torch.maximum(self._blocked, (~torch.isfinite(norm)).float())
+        client.found_inf = self._blocked
+        self.engine.step()
+        if self.stage == 0:
+            return norm
+        if self.stage == 3 and self.engine.optimizer.overflow:
+            self._blocked = torch.ones_like(self._blocked)
+        found = self.engine.get_global_grad_norm()
+        return torch.as_tensor(found if found is not None else float("nan"), dtype=torch.float32, device=self.device)
+
+    def _watch_norm(self) -> None:
+        """Let the global gradient norm that ZeRO 1/2 computes before its update also hold the update back."""
+        optimizer = self.engine.optimizer
+        compute_norm = optimizer.scaled_global_norm
+
+        def watched(*args: Any, **kwargs: Any) -> Tensor:
+            norm = compute_norm(*args, **kwargs)
+            # DeepSpeed reports a non-finite norm as -1.
+            bad = (~torch.isfinite(norm)) | (norm < 0)
+            self._blocked = torch.maximum(self._blocked, bad.float().to(self.device))
+            self.shards.client.found_inf = self._blocked
+            return norm
+
+        optimizer.scaled_global_norm = watched
+
+
+def synchronise_batch_norm(module: nn.Module, world_size: int) -> None:
+    """Let the heads' batch norms use statistics over all ranks (on CPU too, where torch's SyncBatchNorm refuses)."""
+    for layer in module.modules():
+        if isinstance(layer, HeadBatchNorm) and world_size > 1:
+            layer.all_reduce_sum = dist_functional.all_reduce
+            layer.world_size = world_size
+
+
+def _keep_buffers(module: nn.Module, fp32: dict[str, Tensor]) -> None:
+    """Undo any cast of buffers: position tables and running statistics stay in fp32."""
+    for name, buffer in module.named_buffers():
+        if buffer.dtype != fp32[name].dtype:
+            buffer.data = fp32[name].to(buffer.device)
+
+
+def split_batch(global_batch: int, micro_batch: int | None, world_size: int) -> tuple[int, int]:
+    """Micro-batch of a rank and accumulation.
+
+    Raises:
+        UserError: the world size does not divide, or the micro-batch does not fit.
+    """
+    if global_batch % world_size:
+        raise UserError(f"train.global_batch: {global_batch} is not divisible by {world_size} ranks; change one of them")
+    share = global_batch // world_size
+    micro = min(micro_batch or share, share)
+    if share % micro:
+        raise UserError(
+            f"train.micro_batch: {micro} does not divide the {share} images that each of {world_size} ranks sees of train.global_batch {global_batch}"
+            f"; accumulation must be whole, e.g. train.micro_batch={_largest_divisor(share, micro)}"
+        )
+    return micro, share // micro
+
+
+def _largest_divisor(number: int, at_most: int) -> int:
+    return max(d for d in range(1, at_most + 1) if number % d == 0)
+
