@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lut_ds.engine.ema import ema_update_
 from lut_ds.engine.optim import GuardedAdamW, parameter_groups
 from lut_ds.method.lut import LUT, Teacher, encode_views
 from lut_ds.method.names import convert_published, from_published, to_published
@@ -126,3 +127,14 @@ def test_golden_adamw_groups(case: Case) -> None:
     assert set(found[0.3]) == {from_published(name) for name in expected["decay"]}
     assert set(found[0.0]) == {from_published(name) for name in expected["no_decay"]}
     assert sum(len(group["params"]) for group in groups) == len(list(case.student.parameters()))
+
+
+@pytest.mark.parametrize("on_device", [False, True], ids=["number", "tensor"])
+def test_golden_ema(case: Case, on_device: bool) -> None:
+    averages = {name: value.clone() for name, value in case.golden.group("teacher").items()}
+    values = case.golden.group("step")
+    weight = 1.0 - case.golden.config["ema_decay"]
+    ema_update_(
+        list(averages.values()), [values[name] for name in averages], torch.tensor(weight) if on_device else weight
+    )
+    assert_states_close(averages, case.golden.group("ema"), atol=1e-6)
