@@ -1,10 +1,15 @@
 """The two pixel layouts, their checks, and the per-channel affine map that stands for normalisation."""
 
+# mypy: disable-error-code=no-untyped-def
+# (a jitted kernel has Triton's types, not Python's)
+
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
+import triton
+import triton.language as tl
 
 from lut_kernels.checks import FLOATS, expect_device, expect_dtype, expect_shape
 
@@ -49,6 +54,58 @@ def affine(
     if len(std) != 3 or min(std) <= 0:
         raise ValueError(f"std: expected 3 positive values, found {std}")
     return [1 / (255 * s) for s in std], [-m / s for m, s in zip(mean, std)]
+
+
+@triton.jit
+def load_rows(
+    pixels,
+    ids,
+    image,
+    image_stride,
+    rows,
+    kept,
+    scale_r,
+    scale_g,
+    scale_b,
+    shift_r,
+    shift_g,
+    shift_b,
+    SIDE: tl.constexpr,
+    PATCH: tl.constexpr,
+    HAS_IDS: tl.constexpr,
+    HWC: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Normalised patch rows [T, BLOCK] of one image: zeros past the row's end, NaN for an id out of range."""
+    GRID: tl.constexpr = SIDE // PATCH
+    live = rows < kept
+    if HAS_IDS:
+        patch = tl.load(ids + image * kept + rows, mask=live, other=0)
+    else:
+        patch = tl.where(live, rows, 0).to(tl.int64)
+    known = (patch >= 0) & (patch < GRID * GRID)
+    patch = tl.where(known, patch, 0).to(tl.int32)
+    top = patch // GRID * PATCH
+    left = patch % GRID * PATCH
+    value = tl.arange(0, BLOCK)
+    row = value // (3 * PATCH)
+    mask = live[:, None] & (value < 3 * PATCH * PATCH)[None, :]
+    if HWC:
+        # A patch line is 3P consecutive bytes: for P = 16 three 16-byte loads.
+        corner = (top * SIDE + left) * 3
+        inner = row * (3 * SIDE) + value % (3 * PATCH)
+    else:
+        corner = top * SIDE + left
+        inner = value % 3 * (SIDE * SIDE) + row * SIDE + value % (3 * PATCH) // 3
+    found = tl.load(pixels + image * image_stride + corner[:, None] + inner[None, :], mask=mask, other=0).to(ACC)
+    if HWC:
+        channel = value % 3
+        scale = tl.where(channel == 0, scale_r, tl.where(channel == 1, scale_g, scale_b))
+        shift = tl.where(channel == 0, shift_r, tl.where(channel == 1, shift_g, shift_b))
+        found = found * scale[None, :] + shift[None, :]
+    found = tl.where(mask, found, 0.0)
+    return tl.where(known[:, None], found, float("nan"))
 
 
 def patch_rows(pixels: torch.Tensor, ids: torch.Tensor | None, patch_size: int) -> torch.Tensor:
