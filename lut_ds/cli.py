@@ -37,7 +37,8 @@ def pretrain(args: argparse.Namespace) -> tuple[dict[str, Any], str, int]:
     from lut_ds.engine.train import pretrain
 
     outcome = pretrain(recipe, args.recipe)
-    text = f"{'stopped by ' + outcome.stopped_by + ' at' if outcome.stopped_by else 'done:'} step {outcome.step} of {outcome.steps}; {outcome.folder}"
+    ended = f"stopped by {outcome.stopped_by} at" if outcome.stopped_by else "done:"
+    text = f"{ended} step {outcome.step} of {outcome.steps}; {outcome.folder}"
     return outcome.as_dict(), text, STOPPED if outcome.stopped_by else DONE
 
 
@@ -69,7 +70,9 @@ def recipes(args: argparse.Namespace) -> tuple[dict[str, Any], str, int]:
     """The shipped recipes and the first line of each."""
     from lut_ds.config import recipe_folder, shipped_recipes
 
-    heads = {name: (recipe_folder() / f"{name}.yaml").read_text().splitlines()[0].lstrip("# ") for name in shipped_recipes()}
+    heads = {
+        name: (recipe_folder() / f"{name}.yaml").read_text().splitlines()[0].lstrip("# ") for name in shipped_recipes()
+    }
     return heads, "\n".join(f"{name:14} {head}" for name, head in heads.items()), DONE
 
 
@@ -92,7 +95,9 @@ def build_parser() -> Parser:
     sub.add_argument("override", nargs="*", metavar="section.key=value", help="change a value of the recipe")
     sub.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     sub.add_argument("--world-size", type=int, help="ranks to plan for (with --dry-run)")
-    command(demo).add_argument("override", nargs="*", metavar="section.key=value", help="change a value of the demo recipe")
+    command(demo).add_argument(
+        "override", nargs="*", metavar="section.key=value", help="change a value of the demo recipe"
+    )
     sub = command(export)
     sub.add_argument("source", help="run folder or checkpoint folder")
     which = sub.add_mutually_exclusive_group()
@@ -106,10 +111,10 @@ def build_parser() -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
-    results = _reserve_standard_output()
     rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
     try:
         args = build_parser().parse_args(argv)
+        results = _reserve_standard_output()
         if args.local_rank is not None:
             os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
         result, text, code = args.function(args)

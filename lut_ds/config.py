@@ -66,7 +66,9 @@ class Model(Section):
     @model_validator(mode="after")
     def _fits(self) -> "Model":
         if self.image_size % self.patch_size:
-            raise ValueError(f"image_size {self.image_size} is not divisible by patch_size {self.patch_size}; change one of them")
+            raise ValueError(
+                f"image_size {self.image_size} is not divisible by patch_size {self.patch_size}; change one of them"
+            )
         for prefix in ("", "decoder_"):
             width, heads = getattr(self, prefix + "width"), getattr(self, prefix + "heads")
             if width % heads:
@@ -219,15 +221,22 @@ class Recipe(Section):
         views, patches = self.method.views, self.model.patches
         keep = keep_count(patches, self.method.mask_ratio)
         if views == 2 and self.method.mask_ratio < 0.5:
-            raise ValueError(f"method.mask_ratio {self.method.mask_ratio} is below 0.5: the two views' visible patches could not be disjoint")
+            raise ValueError(
+                f"method.mask_ratio {self.method.mask_ratio} is below 0.5: the two views' visible patches could not be disjoint"
+            )
         if keep < 1:
-            raise ValueError(f"method.mask_ratio {self.method.mask_ratio} leaves no visible patch of {patches}; lower it")
+            raise ValueError(
+                f"method.mask_ratio {self.method.mask_ratio} leaves no visible patch of {patches}; lower it"
+            )
         if self.train.micro_batch is not None and self.train.global_batch % self.train.micro_batch:
             raise ValueError(
-                f"train.micro_batch {self.train.micro_batch} does not divide train.global_batch {self.train.global_batch}; change one of them"
+                f"train.micro_batch {self.train.micro_batch} does not divide train.global_batch {self.train.global_batch}; "
+                "change one of them"
             )
         if self.optim.warmup_epochs >= self.train.epochs and self.optim.warmup_epochs > 0:
-            raise ValueError(f"optim.warmup_epochs {self.optim.warmup_epochs} is not below train.epochs {self.train.epochs}; change one of them")
+            raise ValueError(
+                f"optim.warmup_epochs {self.optim.warmup_epochs} is not below train.epochs {self.train.epochs}; change one of them"
+            )
         return self
 
 
@@ -268,7 +277,9 @@ def find_recipe(name_or_path: str) -> Path:
         return path
     shipped = recipe_folder() / f"{name_or_path}.yaml"
     if not shipped.is_file():
-        raise UserError(f"recipe {name_or_path}: no such recipe{_nearest(name_or_path, shipped_recipes())}; `lut-ds recipes` lists them")
+        raise UserError(
+            f"recipe {name_or_path}: no such recipe{_nearest(name_or_path, shipped_recipes())}; `lut-ds recipes` lists them"
+        )
     return shipped
 
 

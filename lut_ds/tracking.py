@@ -42,7 +42,9 @@ class MetricsLog:
 
 
 def _line(record: Mapping[str, Any]) -> str:
-    return json.dumps({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}) + "\n"
+    return (
+        json.dumps({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}) + "\n"
+    )
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -61,7 +63,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 class Progress:
     """One line with steps, images/s, ETA and a few metrics: a bar on a terminal, a line every half minute elsewhere."""
 
-    def __init__(self, total: int, done: int, images_per_step: int, flops_per_image: float, peak_flops: float | None) -> None:
+    def __init__(
+        self, total: int, done: int, images_per_step: int, flops_per_image: float, peak_flops: float | None
+    ) -> None:
         self._images, self._flops, self._peak = images_per_step, flops_per_image, peak_flops
         terminal = sys.stderr.isatty()
         self._bar = tqdm(
@@ -100,7 +104,9 @@ class WandbMirror:
     time. The run's id is kept by the caller so that a resumed run continues the same curve.
     """
 
-    def __init__(self, mode: str, project: str, run_id: str, name: str, folder: Path, config: Mapping[str, Any]) -> None:
+    def __init__(
+        self, mode: str, project: str, run_id: str, name: str, folder: Path, config: Mapping[str, Any]
+    ) -> None:
         self._queue: queue.Queue[dict[str, Any] | None] = queue.Queue(maxsize=1000)
         self.dropped = 0
         self.failed = False

@@ -10,12 +10,21 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from nvidia.dali import fn, math, pipeline_def, types
-from nvidia.dali.pipeline import Pipeline
 
 from lut_ds.data.views import BLUR, BRIGHTNESS, CONTRAST, GRAY, HUE, SATURATION, SOLARIZE, ViewParams, ViewSpec
+from lut_ds.errors import UserError
+
+try:
+    from nvidia.dali import fn, math, pipeline_def, types
+    from nvidia.dali.pipeline import Pipeline
+except ImportError as error:
+    raise UserError(
+        f"nvidia-dali: expected it to be installed, found: {error}; install lut-ds with the extra cuda13 or cuda12"
+    ) from error
 
 Node = Any  # DALI's DataNode: the library has no types
+_TRUNCATE = -0.499 / 255  # PIL truncates where DALI rounds; the unit of a shift is the output type's largest value
+_TRUNCATE16 = -0.499 / 32767
 
 
 def build_pipeline(
@@ -122,13 +131,7 @@ def _box_radius(sigma: NDArray[np.float64]) -> NDArray[np.float64]:
 
 @pipeline_def(enable_conditionals=True)
 def _definition(views: tuple[ViewSpec, ...], image_size: int, gpu: bool) -> tuple[Node, ...]:
-    image = fn.decoders.image(
-        fn.external_source(name="encoded"),
-        device="mixed" if gpu else "cpu",
-        output_type=types.RGB,
-        jpeg_fancy_upsampling=True,
-        adjust_orientation=False,
-    )
+    image = _decode(gpu)
     resized = None
     if any(spec.kind == "resize_crop" for spec in views):
         resized = _resize(
@@ -138,6 +141,17 @@ def _definition(views: tuple[ViewSpec, ...], image_size: int, gpu: bool) -> tupl
             roi_end=fn.external_source(name="resize.end"),
         )
     return tuple(_view(f"view{i}", spec, image, resized, image_size, gpu) for i, spec in enumerate(views))
+
+
+def _decode(gpu: bool) -> Node:
+    """Decode to RGB as PIL does: the same chroma upsampling, and EXIF orientation not applied."""
+    return fn.decoders.image(
+        fn.external_source(name="encoded"),
+        device="mixed" if gpu else "cpu",
+        output_type=types.RGB,
+        jpeg_fancy_upsampling=True,
+        adjust_orientation=False,
+    )
 
 
 def _view(name: str, spec: ViewSpec, image: Node, resized: Node, image_size: int, gpu: bool) -> Node:
@@ -185,13 +199,13 @@ def _photometric(name: str, x: Node, threshold: int, gpu: bool) -> Node:
 
 def _jitter(x: Node, op: Node, factor: Node, gpu: bool) -> Node:
     if op == BRIGHTNESS:
-        x = fn.brightness_contrast(x, brightness=factor)
+        x = fn.brightness_contrast(x, brightness=factor, brightness_shift=_TRUNCATE)
     elif op == CONTRAST:
         x = _contrast(x, factor, gpu)
     elif op == SATURATION:
         x = _saturation(x, factor)
     else:
-        x = _hue(x, factor, gpu)
+        x = _hue(x, factor)
     return x
 
 
@@ -205,36 +219,54 @@ def _gray3(x: Node) -> Node:
 
 def _contrast(x: Node, factor: Node, gpu: bool) -> Node:
     center = math.floor(fn.reductions.mean(_gray(x)) + 0.5)
-    if gpu:  # an argument cannot come from the GPU, so the mean enters through arithmetic
-        factor = factor.gpu()
-        return fn.cast(x * factor + (1.0 - factor) * center, dtype=types.UINT8)
-    return fn.brightness_contrast(x, contrast=factor, contrast_center=center)
+    if gpu:  # an argument cannot come from the GPU, so there the mean enters through arithmetic
+        return _blend(x, center, factor.gpu())
+    return fn.brightness_contrast(x, contrast=factor, contrast_center=center, brightness_shift=_TRUNCATE)
+
+
+def _blend(x: Node, center: Node, factor: Node) -> Node:
+    return fn.cast(x * factor + (1.0 - factor) * center - 0.499, dtype=types.UINT8)
 
 
 def _saturation(x: Node, factor: Node) -> Node:
-    own = fn.brightness_contrast(x, brightness=factor, dtype=types.INT16)
+    own = fn.brightness_contrast(x, brightness=factor, brightness_shift=_TRUNCATE16, dtype=types.INT16)
     gray = fn.brightness_contrast(_gray3(x), brightness=1.0 - factor, dtype=types.INT16)
     return fn.cast(own + gray, dtype=types.UINT8)
 
 
-def _hue(x: Node, sextants: Node, gpu: bool) -> Node:
+def _hue(x: Node, sextants: Node) -> Node:
     """Rotate the hue at constant HSV saturation and value by `sextants` in (-1, 1), without going through HSV.
 
     On the HSV hexagon a channel is r = clamp(2r - median, min, max), falling on one side of its peak and rising on the other,
     in steps of the chroma c = max - min a sextant: r' = clamp(2r - median - sextants * c * sign(g - b), min, max), and so on
     around the circle.
     """
-    planes = fn.crop_mirror_normalize(x, dtype=types.UINT8, output_layout="CHW", mean=[0.0], std=[1.0])
-    r, g, b = planes[0], planes[1], planes[2]
+    planes = fn.reinterpret(_interchange(x, "CHW"), layout="HWC")  # brightness_contrast knows no other layout
+    r, g, b = planes[0:1], planes[1:2], planes[2:3]
     low, high = math.min(r, g), math.max(r, g)
     top, bottom = math.max(high, b), math.min(low, b)
     median = math.max(low, math.min(high, b))
-    step = sextants.gpu() if gpu else sextants
-    shift = fn.cast((top - bottom) * step, dtype=types.INT16)
-    falling = -median - shift
-    twice = shift * np.int16(2)
+    step = fn.brightness_contrast(top - bottom, brightness=sextants, dtype=types.INT16)
+    falling, twice = -(step + median), step * np.int16(2)
     turned = [
         math.max(math.min(own * np.int16(2) + falling + twice * (following <= previous), top), bottom)
         for own, following, previous in ((r, g, b), (g, b, r), (b, r, g))
     ]
-    return fn.reinterpret(fn.cast(fn.stack(*turned, axis=2), dtype=types.UINT8), layout="HWC")
+    return _interchange(fn.reinterpret(fn.cat(*turned, axis=0), layout="CHW"), "HWC")
+
+
+def _interchange(x: Node, layout: str) -> Node:
+    """The image as uint8 in another layout; faster than a transpose."""
+    return fn.crop_mirror_normalize(x, dtype=types.UINT8, output_layout=layout, mean=[0.0], std=[1.0])
+
+
+def decode_one(data: bytes) -> NDArray[np.uint8]:
+    """Decode one image on the CPU exactly as the pipeline does: uint8 [H, W, 3]; RuntimeError when it cannot be."""
+    pipe = _decoding(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1)
+    pipe.feed_input("encoded", [np.frombuffer(data, np.uint8)])
+    return np.array(pipe.run()[0].at(0))
+
+
+@pipeline_def
+def _decoding() -> Node:
+    return _decode(False)

@@ -44,7 +44,15 @@ class CheckpointStore:
         report: takes one line about damaged or removed checkpoints (rank 0 only).
     """
 
-    def __init__(self, folder: Path, rank: int, world_size: int, keep_last: int, keep_every: int | None, report: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        rank: int,
+        world_size: int,
+        keep_last: int,
+        keep_every: int | None,
+        report: Callable[[str], None],
+    ) -> None:
         self.folder, self.rank, self.world_size = folder, rank, world_size
         self.keep_last, self.keep_every, self.report = keep_last, keep_every, report
         if rank == 0:
@@ -53,7 +61,14 @@ class CheckpointStore:
                 shutil.rmtree(leftover)
         dist.barrier()
 
-    def save(self, step: int, own: dict[str, Tensor], metadata: Mapping[str, str], shared: dict[str, Tensor], state: dict[str, Any]) -> Path:
+    def save(
+        self,
+        step: int,
+        own: dict[str, Tensor],
+        metadata: Mapping[str, str],
+        shared: dict[str, Tensor],
+        state: dict[str, Any],
+    ) -> Path:
         """Write a checkpoint; on return it is complete on disk and `latest` names it.
 
         Args:
@@ -84,7 +99,10 @@ class CheckpointStore:
         def publish() -> None:
             if self.rank == 0:
                 files = {name: entry for part in entries for name, entry in part.items()}
-                write_json(partial / "manifest.json", {"format": FORMAT, "step": step, "world_size": self.world_size, "files": files})
+                write_json(
+                    partial / "manifest.json",
+                    {"format": FORMAT, "step": step, "world_size": self.world_size, "files": files},
+                )
                 if final.exists():  # a damaged one of the same step, or the run was rewound
                     shutil.rmtree(final)
                 os.replace(partial, final)
@@ -125,7 +143,7 @@ class CheckpointStore:
         try:
             result = action()
         except (OSError, SafetensorError) as error:
-            full = isinstance(error, OSError) and error.errno == errno.ENOSPC or "os error 28" in str(error)
+            full = (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "os error 28" in str(error)
             failure = f"rank {self.rank}: {'disk full: ' if full else ''}{error}"
         gathered: list[Any] = [None] * self.world_size
         dist.all_gather_object(gathered, (result, failure))
@@ -133,7 +151,9 @@ class CheckpointStore:
         if failures:
             if self.rank == 0:
                 shutil.rmtree(self.folder / f".{step_name(step)}.partial", ignore_errors=True)
-            raise RunFault(f"checkpoint of step {step} not written to {self.folder}: {failures[0]}; earlier checkpoints are intact")
+            raise RunFault(
+                f"checkpoint of step {step} not written to {self.folder}: {failures[0]}; earlier checkpoints are intact"
+            )
         return [r for r, _ in gathered]
 
 
@@ -155,8 +175,14 @@ def read_manifest(path: Path) -> dict[str, Any]:
         manifest = json.loads((path / "manifest.json").read_text())
     except (OSError, ValueError) as error:
         raise ValueError(f"manifest.json: {error}") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or not isinstance(manifest.get("files"), dict):
-        raise ValueError(f"manifest.json: expected format {FORMAT}, found {manifest.get('format') if isinstance(manifest, dict) else manifest!r}")
+    if (
+        not isinstance(manifest, dict)
+        or manifest.get("format") != FORMAT
+        or not isinstance(manifest.get("files"), dict)
+    ):
+        raise ValueError(
+            f"manifest.json: expected format {FORMAT}, found {manifest.get('format') if isinstance(manifest, dict) else manifest!r}"
+        )
     return manifest
 
 

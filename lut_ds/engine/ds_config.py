@@ -44,7 +44,9 @@ SCHEMA: dict[str, Any] = {
     "prescale_gradients": None,
     "gradient_predivide_factor": None,
     "comms_logger": dict.fromkeys(["enabled", "verbose", "prof_all", "debug", "prof_ops"]),
-    "flops_profiler": dict.fromkeys(["enabled", "profile_step", "module_depth", "top_modules", "detailed", "output_file"]),
+    "flops_profiler": dict.fromkeys(
+        ["enabled", "profile_step", "module_depth", "top_modules", "detailed", "output_file"]
+    ),
     "wall_clock_breakdown": None,
     "memory_breakdown": None,
 }
@@ -84,7 +86,9 @@ def load_ds_config(recipe: Recipe) -> dict[str, Any]:
     shipped = {path.stem: path for path in config_folder().glob("*.json")}
     path = Path(name) if name.endswith(".json") else shipped.get(name)
     if path is None or not path.is_file():
-        raise UserError(f"train.deepspeed: no DeepSpeed configuration {name!r}; expected a .json file or one of {', '.join(sorted(shipped))}")
+        raise UserError(
+            f"train.deepspeed: no DeepSpeed configuration {name!r}; expected a .json file or one of {', '.join(sorted(shipped))}"
+        )
     try:
         config = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -105,6 +109,8 @@ def resolve_ds_config(config: dict[str, Any], recipe: Recipe, micro_batch: int, 
         "gradient_clipping": recipe.optim.clip_grad or 0.0,
         # Progress and speed are reported by us.
         "steps_per_print": None,
+        # GuardedAdamW is torch's AdamW; DeepSpeed's list of tested optimizers compares exact types.
+        "zero_allow_untested_optimizer": True,
     }
     if recipe.precision.compute == "bf16":
         # The finite check is ours and stays on the device; DeepSpeed's would wait for the device in every step.
@@ -115,7 +121,9 @@ def resolve_ds_config(config: dict[str, Any], recipe: Recipe, micro_batch: int, 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in over.items():
-        merged[key] = _merge(merged[key], value) if isinstance(value, dict) and isinstance(merged.get(key), dict) else value
+        merged[key] = (
+            _merge(merged[key], value) if isinstance(value, dict) and isinstance(merged.get(key), dict) else value
+        )
     return merged
 
 
@@ -147,10 +155,13 @@ def _check_values(config: dict[str, Any], recipe: Recipe, origin: str) -> None:
             f"DeepSpeed configuration {origin}: zero_optimization.{where}: {first['msg']}, found {first.get('input')!r}"
         ) from error
     if zero.get("round_robin_gradients"):
-        raise UserError(f"DeepSpeed configuration {origin}: zero_optimization.round_robin_gradients must be false: it reorders the shards")
+        raise UserError(
+            f"DeepSpeed configuration {origin}: zero_optimization.round_robin_gradients must be false: it reorders the shards"
+        )
     if stage == 3 and zero.get("memory_efficient_linear", True):
         raise UserError(
-            f"DeepSpeed configuration {origin}: zero_optimization.memory_efficient_linear must be false: it gives wrong gradients with torch.compile"
+            f"DeepSpeed configuration {origin}: zero_optimization.memory_efficient_linear must be false: "
+            "it gives wrong gradients with torch.compile"
         )
     if stage == 0 and recipe.precision.compute == "bf16":
         raise UserError(

@@ -1,5 +1,6 @@
 """Who am I among the ranks: nothing, torchrun, the deepspeed launcher and srun all end in one `Ranks`."""
 
+import logging
 import os
 import re
 import socket
@@ -8,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -42,7 +44,11 @@ def slurm_environment(env: Mapping[str, str]) -> dict[str, str]:
     """
     if "SLURM_STEP_NUM_TASKS" not in env or "SLURM_PROCID" not in env:
         return {}
-    found = {"RANK": env["SLURM_PROCID"], "WORLD_SIZE": env["SLURM_STEP_NUM_TASKS"], "LOCAL_RANK": env.get("SLURM_LOCALID", "0")}
+    found = {
+        "RANK": env["SLURM_PROCID"],
+        "WORLD_SIZE": env["SLURM_STEP_NUM_TASKS"],
+        "LOCAL_RANK": env.get("SLURM_LOCALID", "0"),
+    }
     nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "")
     found["MASTER_ADDR"] = env.get("MASTER_ADDR") or first_host(nodes)
     found["MASTER_PORT"] = env.get("MASTER_PORT") or str(20000 + int(env.get("SLURM_JOB_ID", "0")) % 20000)
@@ -52,12 +58,16 @@ def slurm_environment(env: Mapping[str, str]) -> dict[str, str]:
 def first_host(nodelist: str) -> str:
     """First host of a Slurm node list: `scontrol` where it is installed, else the simple forms `a`, `a,b`, `n[3-5,9]`."""
     try:
-        shown = subprocess.run(["scontrol", "show", "hostnames", nodelist], capture_output=True, text=True, check=True, timeout=30)
+        shown = subprocess.run(
+            ["scontrol", "show", "hostnames", nodelist], capture_output=True, text=True, check=True, timeout=30
+        )
         return shown.stdout.split()[0]
     except (FileNotFoundError, subprocess.SubprocessError, IndexError):
         match = re.match(r"([^\[,]+)(?:\[(\d+))?([^\],-]*)", nodelist)
         if match is None:
-            raise UserError(f"Slurm: expected a node list in SLURM_STEP_NODELIST, found {nodelist!r}; set MASTER_ADDR") from None
+            raise UserError(
+                f"Slurm: expected a node list in SLURM_STEP_NODELIST, found {nodelist!r}; set MASTER_ADDR"
+            ) from None
         return match[1] + (match[2] or "")
 
 
@@ -71,11 +81,15 @@ def check_accelerator() -> str:
     if wanted is None:
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
     elif wanted not in ACCELERATORS:
-        raise UserError(f"DS_ACCELERATOR: expected one of {', '.join(SUPPORTED_ACCELERATORS)}, found {wanted!r}; unset it or correct it")
+        raise UserError(
+            f"DS_ACCELERATOR: expected one of {', '.join(SUPPORTED_ACCELERATORS)}, found {wanted!r}; unset it or correct it"
+        )
     elif wanted not in SUPPORTED_ACCELERATORS:
         raise UserError(f"DS_ACCELERATOR: {wanted!r} is not supported by lut_ds (cuda and cpu are); unset it")
     elif wanted == "cuda" and not torch.cuda.is_available():
-        raise UserError("DS_ACCELERATOR: 'cuda' asked for, but torch finds no CUDA device here; unset it to train on the CPU")
+        raise UserError(
+            "DS_ACCELERATOR: 'cuda' asked for, but torch finds no CUDA device here; unset it to train on the CPU"
+        )
     os.environ["DS_ACCELERATOR"] = wanted
     return wanted
 
@@ -112,7 +126,9 @@ def discover_ranks() -> Ranks:
 def _integer(name: str) -> int:
     value = os.environ.get(name, "")
     if not value.isdigit():
-        raise UserError(f"launch: environment variable {name}: expected a number, found {value!r}; start through torchrun, deepspeed or srun")
+        raise UserError(
+            f"launch: environment variable {name}: expected a number, found {value!r}; start through torchrun, deepspeed or srun"
+        )
     return int(value)
 
 
@@ -127,6 +143,7 @@ def process_group(ranks: Ranks, timeout_minutes: float = 30.0) -> Iterator[None]
     """
     import deepspeed
 
+    _quieten(deepspeed)
     # Its first use would compile a C++ extension for half a minute, and a killed build hangs later runs.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if ranks.world_size == 1:
@@ -139,13 +156,22 @@ def process_group(ranks: Ranks, timeout_minutes: float = 30.0) -> Iterator[None]
     except (RuntimeError, dist.DistNetworkError) as error:
         if "address already in use" in str(error).lower() or "EADDRINUSE" in str(error):
             where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-            raise UserError(f"launch: port in use: {where}; another run listens there, set MASTER_PORT to a free port") from error
+            raise UserError(
+                f"launch: port in use: {where}; another run listens there, set MASTER_PORT to a free port"
+            ) from error
         raise
     try:
         yield
         dist.barrier()
     finally:
         dist.destroy_process_group()
+
+
+def _quieten(deepspeed: Any) -> None:
+    """DeepSpeed's own log: warnings only, and not the one about our optimizer, which is torch's AdamW with a flag."""
+    log = deepspeed.utils.logger
+    log.setLevel(logging.WARNING)
+    log.addFilter(lambda entry: "untested optimizer" not in entry.getMessage())
 
 
 def _free_port() -> int:

@@ -19,7 +19,11 @@ def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: fl
         if parameter.requires_grad:
             groups[decays(name, parameter)].append((name, parameter))
     return [
-        {"params": [p for _, p in members], "names": [n for n, _ in members], "weight_decay": weight_decay if decay else 0.0}
+        {
+            "params": [p for _, p in members],
+            "names": [n for n, _ in members],
+            "weight_decay": weight_decay if decay else 0.0,
+        }
         for decay, members in groups.items()
         if members
     ]

@@ -25,7 +25,9 @@ def parameter_counts(recipe: Recipe) -> dict[str, int]:
     return counts
 
 
-def memory_estimate(recipe: Recipe, counts: dict[str, int], stage: int, world_size: int, micro_batch: int) -> dict[str, float]:
+def memory_estimate(
+    recipe: Recipe, counts: dict[str, int], stage: int, world_size: int, micro_batch: int
+) -> dict[str, float]:
     """GiB a rank for each kind of state, and for the activations of one micro-batch.
 
     States follow the ZeRO paper (Rajbhandari et al. 2020): weights sharded from stage 3, gradients from 2, fp32 masters,
@@ -68,7 +70,9 @@ def plan(recipe: Recipe, world_size: int) -> dict[str, Any]:
     micro_batch, accumulation = split_batch(recipe.train.global_batch, recipe.train.micro_batch, world_size)
     steps_per_epoch = images // recipe.train.global_batch
     if steps_per_epoch == 0:
-        raise UserError(f"train.global_batch: {recipe.train.global_batch} is more than the {images} images in {recipe.data.path}; lower it")
+        raise UserError(
+            f"train.global_batch: {recipe.train.global_batch} is more than the {images} images in {recipe.data.path}; lower it"
+        )
     steps = min(steps_per_epoch * recipe.train.epochs, recipe.train.max_steps or steps_per_epoch * recipe.train.epochs)
     counts = parameter_counts(recipe)
     shape = flops_shape(recipe)
@@ -99,21 +103,26 @@ def plan(recipe: Recipe, world_size: int) -> dict[str, Any]:
     }
 
 
-def describe_plan(name: str, plan: dict[str, Any]) -> str:
+def describe_plan(name: str, planned: dict[str, Any]) -> str:
     """The plan as lines for a person."""
-    p, t, f, m = plan["parameters"], plan["tokens"], plan["gflop_per_image"], plan["memory_gib_per_rank"]
+    v = planned
+    p, t, f, m = v["parameters"], v["tokens"], dict(v["gflop_per_image"]), dict(v["memory_gib_per_rank"])
+    total_flops, total_memory = f.pop("total"), m.pop("total")
     parts = ", ".join(f"{part} {p[part] / 1e6:.1f} M" for part in p if part not in ("student", "teacher"))
     teacher = f"; teacher {p['teacher'] / 1e6:.1f} M" if p["teacher"] else ""
-    lines = [
-        f"plan of {name}",
-        f"  data        {plan['images']:,} images, {plan['steps_per_epoch']:,} steps an epoch, {plan['steps']:,} steps ({plan['epochs']} epochs of schedule)",
-        f"  batch       {plan['global_batch']} = {plan['world_size']} rank(s) x {plan['micro_batch']} x {plan['accumulation']} accumulation; peak lr {plan['peak_lr']:.3e}",
-        f"  parameters  student {p['student'] / 1e6:.1f} M ({parts}){teacher}",
-        f"  tokens      {t['patches']} patches; student {t['views']} x {t['student_per_view']}, teacher {t['views'] if t['teacher_per_view'] else 0} x "
-        f"{t['teacher_per_view']}, decoder {t['decoder']}",
-        f"  FLOPs       {f['total']:.1f} GFLOP an image (" + ", ".join(f"{k} {v:.1f}" for k, v in f.items() if k != "total") + f"); {plan['total_eflop']:.3g} EFLOP in all",
-        f"  memory      {m['total']:.1f} GiB a rank at ZeRO stage {plan['zero_stage']} ("
-        + ", ".join(f"{k} {v:.2f}" for k, v in m.items() if k != "total")
-        + "); an estimate, activations an upper one",
-    ]
-    return "\n".join(lines)
+    teacher_tokens = f", teacher {t['views']} x {t['teacher_per_view']}" if t["teacher_per_view"] else ""
+    steps = f"{v['steps_per_epoch']:,} steps an epoch, {v['steps']:,} steps (schedule of {v['epochs']} epochs)"
+    batch = f"{v['global_batch']} = {v['world_size']} rank(s) x {v['micro_batch']} x {v['accumulation']} accumulation"
+    rows = {
+        "data": f"{v['images']:,} images, {steps}",
+        "batch": f"{batch}; peak lr {v['peak_lr']:.3e}",
+        "parameters": f"student {p['student'] / 1e6:.1f} M ({parts}){teacher}",
+        "tokens": f"{t['patches']} patches; student {t['views']} x {t['student_per_view']}{teacher_tokens}, decoder {t['decoder']}",
+        "FLOPs": f"{total_flops:.1f} GFLOP an image ({_list(f, '.1f')}); {v['total_eflop']:.3g} EFLOP in all",
+        "memory": f"{total_memory:.1f} GiB a rank, ZeRO stage {v['zero_stage']} ({_list(m, '.2f')}); estimated, activations from above",
+    }
+    return "\n".join([f"plan of {name}", *(f"  {key:11} {text}" for key, text in rows.items())])
+
+
+def _list(values: dict[str, float], form: str) -> str:
+    return ", ".join(f"{name} {value:{form}}" for name, value in values.items())

@@ -31,7 +31,17 @@ FREE = {
     "train.compile",
     "precision.teacher",
 }
-PACKAGES = ("torch", "deepspeed", "timm", "triton", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "numpy", "wandb", "lut-ds")
+PACKAGES = (
+    "torch",
+    "deepspeed",
+    "timm",
+    "triton",
+    "nvidia-dali-cuda130",
+    "nvidia-dali-cuda120",
+    "numpy",
+    "wandb",
+    "lut-ds",
+)
 
 
 def run_folder(recipe: Recipe, recipe_name: str) -> Path:
@@ -49,7 +59,9 @@ def open_run_folder(folder: Path, recipe: Recipe) -> None:
     if stored.is_file():
         _check_same(folder, stored, recipe)
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"run.dir: {folder} exists and is no run folder (it has no recipe.yaml); name a new or empty folder")
+        raise UserError(
+            f"run.dir: {folder} exists and is no run folder (it has no recipe.yaml); name a new or empty folder"
+        )
     try:
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         write_text_atomically(stored, yaml.safe_dump(json.loads(recipe.model_dump_json()), sort_keys=False))
@@ -69,7 +81,7 @@ def _check_same(folder: Path, stored: Path, recipe: Recipe) -> None:
     for section in new:
         for key, value in new[section].items():
             name = f"{section}.{key}"
-            if section == "run" and key != "seed" or name in FREE:
+            if (section == "run" and key != "seed") or name in FREE:
                 continue
             if old.get(section, {}).get(key) != value:
                 raise UserError(
@@ -104,7 +116,9 @@ def git_state(folder: Path) -> dict[str, Any] | None:
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=False)
     if commit.returncode:
         return None
-    status = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=folder, capture_output=True, text=True, check=False)
+    status = subprocess.run(
+        ["git", "status", "--porcelain", "-uno"], cwd=folder, capture_output=True, text=True, check=False
+    )
     return {"commit": commit.stdout.strip(), "dirty": bool(status.stdout.strip())}
 
 

@@ -21,7 +21,9 @@ def lr_at(epoch: float, peak: float, min_lr: float, warmup_epochs: float, epochs
     """Learning rate at a fractional epoch: linear from 0, then a half cosine from `peak` to `min_lr`."""
     if epoch < warmup_epochs:
         return peak * epoch / warmup_epochs
-    return min_lr + (peak - min_lr) * 0.5 * (1.0 + math.cos(math.pi * (epoch - warmup_epochs) / (epochs - warmup_epochs)))
+    return min_lr + (peak - min_lr) * 0.5 * (
+        1.0 + math.cos(math.pi * (epoch - warmup_epochs) / (epochs - warmup_epochs))
+    )
 
 
 def ema_decay_at(index: float, total: float, base: float, final: float = 1.0) -> float:
@@ -29,7 +31,9 @@ def ema_decay_at(index: float, total: float, base: float, final: float = 1.0) ->
     return final + (base - final) * 0.5 * (1.0 + math.cos(math.pi * index / total))
 
 
-def cosine_schedule(base: float, final: float, epochs: int, iters_per_epoch: int, warmup_epochs: int = 0, start: float = 0.0) -> np.ndarray:
+def cosine_schedule(
+    base: float, final: float, epochs: int, iters_per_epoch: int, warmup_epochs: int = 0, start: float = 0.0
+) -> np.ndarray:
     """The whole table the reference builds: linspace warm-up including both ends, then a half cosine.
 
     Returns:

@@ -158,4 +158,8 @@ class MasterShards:
         if self.stage == 0:
             return self._parameters[self.fragments[flat].name]
         optimizer = self._engine.optimizer
-        return (optimizer.single_partition_of_fp32_groups if self.stage in (1, 2) else optimizer.fp32_partitioned_groups_flat)[flat]
+        return (
+            optimizer.single_partition_of_fp32_groups
+            if self.stage in (1, 2)
+            else optimizer.fp32_partitioned_groups_flat
+        )[flat]

@@ -36,7 +36,11 @@ def collect(trainer: Trainer, rank: int) -> tuple[dict[str, Tensor], dict[str, s
         "shapes": {name: list(shape) for name, shape in shards.shapes.items()},
         "stage": shards.stage,
     }
-    shared = {f"student.{name}": _stored(buffer) for name, buffer in trainer.student.named_buffers() if "pos_embed" not in name}
+    shared = {
+        f"student.{name}": _stored(buffer)
+        for name, buffer in trainer.student.named_buffers()
+        if "pos_embed" not in name
+    }
     if ema is not None:
         shared |= {f"ema.{name}": _stored(buffer) for name, buffer in ema.buffers.items()}
     return own, {"layout": json.dumps(layout)}, shared
@@ -52,11 +56,15 @@ def restore(trainer: Trainer, path: Path, rank: int) -> None:
     reader = ShardReader(path)
     missing = sorted(set(trainer.shards.shapes) ^ set(reader.shapes))
     if missing or any(list(shape) != reader.shapes[name] for name, shape in trainer.shards.shapes.items()):
-        raise RunFault(f"checkpoint {path}: holds another model than the recipe; first difference: {missing[0] if missing else 'a shape'}")
+        raise RunFault(
+            f"checkpoint {path}: holds another model than the recipe; first difference: {missing[0] if missing else 'a shape'}"
+        )
     step = reader.scalar("step")
     for fragment in trainer.shards.fragments:
         for kind, flat in _kinds(trainer, fragment.flat).items():
-            flat[fragment.offset : fragment.offset + fragment.numel].copy_(reader.read(kind, fragment.name, fragment.start, fragment.numel))
+            flat[fragment.offset : fragment.offset + fragment.numel].copy_(
+                reader.read(kind, fragment.name, fragment.start, fragment.numel)
+            )
     for index in range(len(trainer.shards.flats)):
         trainer.shards.moments(index)["step"].fill_(step)
     trainer.shards.publish()
@@ -91,10 +99,13 @@ def read_weights(path: Path, kind: str) -> dict[str, Tensor]:
     reader = ShardReader(path)
     stored = {"student": "master", "ema": "ema"}[kind]
     weights = {
-        name: reader.read(stored, name, 0, torch.Size(shape).numel()).view(shape) for name, shape in reader.shapes.items()
+        name: reader.read(stored, name, 0, torch.Size(shape).numel()).view(shape)
+        for name, shape in reader.shapes.items()
     }
     with safe_open(path / "shared.safetensors", "pt") as file:
-        weights |= {key.removeprefix(f"{kind}."): file.get_tensor(key) for key in file.keys() if key.startswith(f"{kind}.")}  # noqa: SIM118
+        weights |= {
+            key.removeprefix(f"{kind}."): file.get_tensor(key) for key in file.keys() if key.startswith(f"{kind}.")
+        }
     return weights
 
 

@@ -44,7 +44,9 @@ class Trainer:
         self.device = ranks.device
         student = build_student(recipe).to(ranks.device)
         self.teacher = build_teacher(recipe, student, ranks.device)
-        self.metric_names = ("loss", "mae", "bc", "feature_spread") if self.teacher is not None else ("loss", "mae", "feature_spread")
+        self.metric_names = (
+            ("loss", "mae", "bc", "feature_spread") if self.teacher is not None else ("loss", "mae", "feature_spread")
+        )
         synchronise_batch_norm(student, ranks.world_size)
         if recipe.train.compile is True or (recipe.train.compile == "auto" and ranks.device.type == "cuda"):
             compile_blocks(student, self.teacher)
@@ -66,7 +68,9 @@ class Trainer:
         if self.stage in (1, 2):
             self._watch_norm()
 
-    def update(self, batches: Iterable[MicroBatch], lr: float, ema_decay: float, stop_requested: bool = False) -> Tensor:
+    def update(
+        self, batches: Iterable[MicroBatch], lr: float, ema_decay: float, stop_requested: bool = False
+    ) -> Tensor:
         """One optimizer step over `accumulation` micro-batches.
 
         A non-finite loss or gradient on any rank leaves weights, moments, EMA and batch-norm statistics as they were.
@@ -169,17 +173,18 @@ def split_batch(global_batch: int, micro_batch: int | None, world_size: int) -> 
         UserError: the world size does not divide, or the micro-batch does not fit.
     """
     if global_batch % world_size:
-        raise UserError(f"train.global_batch: {global_batch} is not divisible by {world_size} ranks; change one of them")
+        raise UserError(
+            f"train.global_batch: {global_batch} is not divisible by {world_size} ranks; change one of them"
+        )
     share = global_batch // world_size
     micro = min(micro_batch or share, share)
     if share % micro:
         raise UserError(
-            f"train.micro_batch: {micro} does not divide the {share} images that each of {world_size} ranks sees of train.global_batch {global_batch}"
-            f"; accumulation must be whole, e.g. train.micro_batch={_largest_divisor(share, micro)}"
+            f"train.micro_batch: {micro} does not divide the {share} images that each of {world_size} ranks sees of "
+            f"train.global_batch {global_batch}; accumulation must be whole, e.g. train.micro_batch={_largest_divisor(share, micro)}"
         )
     return micro, share // micro
 
 
 def _largest_divisor(number: int, at_most: int) -> int:
     return max(d for d in range(1, at_most + 1) if number % d == 0)
-

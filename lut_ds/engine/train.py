@@ -92,7 +92,10 @@ class StepRecorder:
         if not self._pending:
             return [], False
         values = torch.stack([metrics for _, metrics in self._pending]).tolist()
-        records = [{**record, **dict(zip(self._names, row, strict=False))} for (record, _), row in zip(self._pending, values, strict=True)]
+        records = [
+            {**record, **dict(zip(self._names, row, strict=False))}
+            for (record, _), row in zip(self._pending, values, strict=True)
+        ]
         self._pending.clear()
         return records, any(row[-1] > 0 for row in values)
 
@@ -148,7 +151,9 @@ def pretrain(recipe: Recipe, recipe_name: str) -> Outcome:
             return _loop(recipe, ranks, folder, loader, trainer, stop)
 
 
-def _loop(recipe: Recipe, ranks: Ranks, folder: Path, loader: PretrainLoader, trainer: Trainer, stop: StopRequest) -> Outcome:
+def _loop(
+    recipe: Recipe, ranks: Ranks, folder: Path, loader: PretrainLoader, trainer: Trainer, stop: StopRequest
+) -> Outcome:
     schedule = Schedule(recipe, loader.steps_per_epoch)
     stop_step = min(schedule.total_steps, recipe.train.max_steps or schedule.total_steps)
     save_every = recipe.run.save_every or loader.steps_per_epoch
@@ -159,7 +164,9 @@ def _loop(recipe: Recipe, ranks: Ranks, folder: Path, loader: PretrainLoader, tr
     try:
         while step < stop_step and not stopped:
             lr, decay = schedule.lr(step), schedule.ema_decay(step)
-            metrics = trainer.update(watch.timed(itertools.islice(batches, trainer.accumulation)), lr, decay, stop.requested)
+            metrics = trainer.update(
+                watch.timed(itertools.islice(batches, trainer.accumulation)), lr, decay, stop.requested
+            )
             step += 1
             watch.record(step, metrics, lr, decay)
             last = step == stop_step
@@ -176,13 +183,20 @@ def _loop(recipe: Recipe, ranks: Ranks, folder: Path, loader: PretrainLoader, tr
 class Watch:
     """Everything around the steps of `_loop`: metrics, progress, trackers, checkpoints, speed."""
 
-    def __init__(self, recipe: Recipe, ranks: Ranks, folder: Path, trainer: Trainer, steps_per_epoch: int, stop_step: int) -> None:
+    def __init__(
+        self, recipe: Recipe, ranks: Ranks, folder: Path, trainer: Trainer, steps_per_epoch: int, stop_step: int
+    ) -> None:
         self._recipe, self._ranks, self._folder = recipe, ranks, folder
         self._per_epoch, self._stop_step = steps_per_epoch, stop_step
         self._recorder = StepRecorder(trainer.metric_names)
         keep = recipe.run.keep_every_epochs
         self._store = CheckpointStore(
-            folder / "checkpoints", ranks.rank, ranks.world_size, recipe.run.keep_last, keep * steps_per_epoch if keep else None, self._say
+            folder / "checkpoints",
+            ranks.rank,
+            ranks.world_size,
+            recipe.run.keep_last,
+            keep * steps_per_epoch if keep else None,
+            self._say,
         )
         self._log: MetricsLog | None = None
         self._progress: Progress | None = None
@@ -215,7 +229,9 @@ class Watch:
         if recipe.run.wandb != "off":
             config = recipe.model_dump(mode="json")
             run_id = tracker_id(self._folder)
-            self._wandb = WandbMirror(recipe.run.wandb, recipe.run.wandb_project, run_id, self._folder.name, self._folder, config)
+            self._wandb = WandbMirror(
+                recipe.run.wandb, recipe.run.wandb_project, run_id, self._folder.name, self._folder, config
+            )
 
     def timed(self, batches: Iterable[Any]) -> Iterable[Any]:
         """The same batches; the time spent waiting for them is counted."""
@@ -250,7 +266,10 @@ class Watch:
         for record in records:
             self._bad_steps = 0 if record["applied"] else self._bad_steps + 1
         if self._bad_steps >= 10:
-            raise RunFault(f"step {step}: {self._bad_steps} steps in a row had a non-finite loss or gradient; lower optim.blr or resume from an older checkpoint")
+            raise RunFault(
+                f"step {step}: {self._bad_steps} steps in a row had a non-finite loss or gradient; "
+                "lower optim.blr, or remove the newest checkpoints to go back further"
+            )
         return stop
 
     def _publish(self, records: list[dict[str, Any]]) -> None:
@@ -258,8 +277,9 @@ class Watch:
         assert self._progress is not None
         self._log.write(records)
         last = records[-1]
-        shown = {name: last[name] for name in ("loss", "mae", "bc", "lr") if name in last}
-        self._progress.update(len(records), last["images_per_s"], {**shown, "data": last["data_wait"]})
+        names: tuple[str, ...] = ("loss", "mae", "bc", "lr")
+        shown: dict[str, float] = {name: last[name] for name in names if name in last}
+        self._progress.update(len(records), last["images_per_s"], {**shown, "data wait": last["data_wait"]})
         if self._wandb is not None:
             for record in records:
                 self._wandb.log(record)
@@ -267,7 +287,11 @@ class Watch:
     def save(self, step: int, trainer: Trainer) -> None:
         """Write a checkpoint of `step`."""
         own, metadata, shared = state.collect(trainer, self._ranks.rank)
-        content = {"epoch": step / self._per_epoch, "seed": self._recipe.run.seed, "recipe": self._recipe.model_dump(mode="json")}
+        content = {
+            "epoch": step / self._per_epoch,
+            "seed": self._recipe.run.seed,
+            "recipe": self._recipe.model_dump(mode="json"),
+        }
         self._store.save(step, own, metadata, shared, content)
         self._flushed = time.monotonic() if self._flushed_step == step else self._flushed
 

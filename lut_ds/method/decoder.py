@@ -21,8 +21,11 @@ class Decoder(nn.Module):
         patch_dim: P*P*3, size of a prediction.
     """
 
-    def __init__(self, encoder_width: int, grid: int, width: int, depth: int, heads: int, patch_dim: int, mlp_ratio: float = 4.0) -> None:
+    def __init__(
+        self, encoder_width: int, grid: int, width: int, depth: int, heads: int, patch_dim: int, mlp_ratio: float = 4.0
+    ) -> None:
         super().__init__()
+        self.pos_embed: Tensor
         self.grad_checkpointing = False
         self.embed = nn.Linear(encoder_width, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))

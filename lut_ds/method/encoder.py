@@ -51,7 +51,16 @@ class Encoder(VisionTransformer):
     State-dict names equal timm's. `forward_features(images)` is timm's own path over a whole normalised image.
     """
 
-    def __init__(self, image_size: int, patch_size: int, width: int, depth: int, heads: int, mlp_ratio: float = 4.0, in_chans: int = 3) -> None:
+    def __init__(
+        self,
+        image_size: int,
+        patch_size: int,
+        width: int,
+        depth: int,
+        heads: int,
+        mlp_ratio: float = 4.0,
+        in_chans: int = 3,
+    ) -> None:
         super().__init__(
             img_size=image_size,
             patch_size=patch_size,
@@ -87,7 +96,9 @@ class Encoder(VisionTransformer):
 def make_blocks(width: int, depth: int, heads: int, mlp_ratio: float) -> nn.Sequential:
     """Pre-norm transformer blocks as the encoder's: LN eps 1e-6, qkv bias, exact GELU."""
     norm = partial(LayerNorm, eps=1e-6)
-    blocks = (Block(width, heads, mlp_ratio, qkv_bias=True, norm_layer=norm, attn_layer=FusedAttention) for _ in range(depth))
+    blocks = (
+        Block(width, heads, mlp_ratio, qkv_bias=True, norm_layer=norm, attn_layer=FusedAttention) for _ in range(depth)
+    )
     return nn.Sequential(*blocks)
 
 

@@ -49,7 +49,7 @@ def forward_flops(shape: Shape) -> dict[str, float]:
     def encoder(seen: int) -> float:
         return 2 * s.patches * s.patch_dim * s.width + blocks_flops(1 + seen, s.width, s.depth, s.mlp_ratio)
 
-    decoder = 2 * (1 + s.kept) * s.width * s.decoder_width + 2 * (1 + s.patches) * s.decoder_width * s.patch_dim
+    decoder = 2.0 * (1 + s.kept) * s.width * s.decoder_width + 2 * (1 + s.patches) * s.decoder_width * s.patch_dim
     decoder += blocks_flops(1 + s.patches, s.decoder_width, s.decoder_depth, 4.0)
     projector = head_flops(s.width, s.head_hidden, s.projector_depth)
     two_views = s.views == 2

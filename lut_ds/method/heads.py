@@ -27,7 +27,14 @@ class HeadBatchNorm(nn.BatchNorm1d):
             if self.training and self.num_batches_tracked is not None:
                 self.num_batches_tracked.add_(1)
             y = F.batch_norm(
-                x.float(), self.running_mean, self.running_var, weight, bias, self.training, self.momentum or 0.0, self.eps
+                x.float(),
+                self.running_mean,
+                self.running_var,
+                weight,
+                bias,
+                self.training,
+                self.momentum or 0.0,
+                self.eps,
             )
             return y.to(x.dtype)
         return self._synchronised(x.float(), weight, bias).to(x.dtype)
@@ -57,14 +64,15 @@ def make_head(depth: int, width: int, hidden: int, norm: HeadNorm, act: HeadAct)
     norms: dict[HeadNorm, Callable[[], list[nn.Module]]] = {
         "bn": lambda: [HeadBatchNorm(hidden)],
         "ln": lambda: [nn.LayerNorm(hidden, eps=1e-6)],
-        "none": lambda: [],
+        "none": list,
     }
     acts: dict[HeadAct, Callable[[], nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU}
     layers: list[nn.Module] = []
     for index in range(depth):
         last = index == depth - 1
-        layers.append(nn.Linear(width if index == 0 else hidden, width if last else hidden, bias=False))
-        nn.init.xavier_uniform_(layers[-1].weight)
+        linear = nn.Linear(width if index == 0 else hidden, width if last else hidden, bias=False)
+        nn.init.xavier_uniform_(linear.weight)
+        layers.append(linear)
         if not last:
             layers += [*norms[norm](), acts[act]()]
     return nn.Sequential(*layers)

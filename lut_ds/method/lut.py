@@ -88,7 +88,9 @@ class MAE(nn.Module):
         patch = self.encoder.patch_embed.patch_size[0]
         return reconstruction_loss(pred, view, masking.ids_hidden, patch, *pixel_stats(view), norm_pix=self.norm_pix)
 
-    def forward(self, views: Sequence[Tensor], noise: Tensor, teacher_q: Sequence[Tensor] | None = None) -> dict[str, Tensor]:
+    def forward(
+        self, views: Sequence[Tensor], noise: Tensor, teacher_q: Sequence[Tensor] | None = None
+    ) -> dict[str, Tensor]:
         """One micro-batch.
 
         Args:
@@ -132,7 +134,9 @@ class LUT(MAE):
         """Heads on the latents of all views [V*B, 1+K, D]: one [B, D] a view; batch statistics are per view, view 1 first."""
         return [self.predictor(self.projector(z)) for z in pool(latent).chunk(self.views)]
 
-    def forward(self, views: Sequence[Tensor], noise: Tensor, teacher_q: Sequence[Tensor] | None = None) -> dict[str, Tensor]:
+    def forward(
+        self, views: Sequence[Tensor], noise: Tensor, teacher_q: Sequence[Tensor] | None = None
+    ) -> dict[str, Tensor]:
         """One micro-batch.
 
         Args:

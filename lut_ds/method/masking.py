@@ -49,7 +49,9 @@ def disjoint_masks(noise: Tensor, mask_ratio: float, views: int) -> Masking:
     patches = noise.shape[1]
     keep = keep_count(patches, mask_ratio)
     if keep < 1 or keep * views > patches:
-        raise ValueError(f"mask_ratio: {mask_ratio} keeps {keep} of {patches} patches; {views} disjoint views need 1..{patches // views}")
+        raise ValueError(
+            f"mask_ratio: {mask_ratio} keeps {keep} of {patches} patches; {views} disjoint views need 1..{patches // views}"
+        )
     ids_shuffle = torch.argsort(noise, dim=1, stable=True)
     ids_restore = torch.argsort(ids_shuffle, dim=1)
     ids_keep = tuple(ids_shuffle[:, view * keep : (view + 1) * keep] for view in range(views))
