@@ -4,6 +4,7 @@ Libraries that can crash, hang or print while they load are tried in processes o
 PART`), at the same time and with a time limit; the rest is read from the machine. Nothing is downloaded.
 """
 
+import contextlib
 import importlib
 import io
 import json
@@ -60,8 +61,9 @@ def examine() -> dict[str, Any]:
     found = [_python(), *(finding for part in parts for finding in part)]
     found += [_compiler(), _slurm(), _wandb(), _cores(), _memory(), _shared_memory(), _disk(), _open_files()]
     status = {finding.name: finding.status for finding in found}
-    usable = all(status.get(name) == "ok" for name in ("torch", "DALI", "DeepSpeed", "DS_ACCELERATOR"))
     asked = next((finding.found.split()[0] for finding in found if finding.name == "DS_ACCELERATOR"), "")
+    needed = ["torch", "DS_ACCELERATOR", "DALI", "DeepSpeed", *(["CUDA"] if asked == "cuda" else [])]
+    usable = all(status.get(name) == "ok" for name in needed)
     return {
         "checks": [asdict(finding) for finding in found],
         "device": asked if usable else None,
@@ -106,7 +108,7 @@ def _try_part(part: str) -> list[Finding]:
     said = [line for line in done.stderr.splitlines() if line.strip()]
     ended = said[-1] if said else f"exit code {done.returncode}"
     if done.returncode < 0:
-        ended = f"killed by {signal.Signals(-done.returncode).name}"
+        ended = f"killed by signal {-done.returncode} ({signal.strsignal(-done.returncode)})"
     advice = "install the versions of requirements.lock in a fresh environment (`make demo` does)"
     return [Finding(part, "problem", ended.strip(), advice)]
 
@@ -207,7 +209,8 @@ def _try_dali() -> list[Finding]:
         try:
             pipeline = dali.Pipeline(1, 1, None if device == "cpu" else 0)
             with pipeline:
-                pipeline.set_outputs(dali.fn.decoders.image([encoded], device=device))
+                jpeg = dali.fn.external_source(lambda: [encoded])
+                pipeline.set_outputs(dali.fn.decoders.image(jpeg, device=device))
             (batch,) = pipeline.run()
         except RuntimeError as error:
             return _first_line(error)
@@ -328,10 +331,8 @@ def _memory() -> Finding:
     import psutil
 
     limit = psutil.virtual_memory().total
-    try:
+    with contextlib.suppress(OSError, ValueError):  # no control group, or "max" in it
         limit = min(limit, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    except (OSError, ValueError):  # no control group, or "max"
-        pass
     text = f"{limit / GIB:.0f} GiB, {psutil.virtual_memory().available / GIB:.0f} GiB free"
     if limit >= MIN_MEMORY:
         return Finding("memory", "ok", text)
