@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -147,11 +146,18 @@ class EvalLoader:
         def draw(epoch: int, samples: NDArray[np.int64], sizes_hw: NDArray[np.int32]) -> list[ViewParams]:
             return [eval_params(self._image_size, sizes_hw)]
 
-        options: dict[str, Any] = dict(device=self._device, threads=self._threads, prefetch=self._prefetch)
-        plan = ((0, self._samples[i : i + self._batch_size]) for i in range(0, len(self._samples), self._batch_size))
-        with ViewStream(
-            self._source, [EVAL_VIEW], self._image_size, plan, draw, batch_size=self._batch_size, **options
-        ) as stream:
+        stream = ViewStream(
+            self._source,
+            [EVAL_VIEW],
+            self._image_size,
+            ((0, self._samples[i : i + self._batch_size]) for i in range(0, len(self._samples), self._batch_size)),
+            draw,
+            batch_size=self._batch_size,
+            device=self._device,
+            threads=self._threads,
+            prefetch=self._prefetch,
+        )
+        with stream:
             for _, samples, (view,) in stream:
                 labels = [self._source.label(sample) for sample in samples.tolist()]
                 yield view, torch.tensor(labels, dtype=torch.int64)

@@ -5,7 +5,7 @@ turns ViewParams into the arrays that the graph reads. Samples that an operator 
 formulations are those that DALI's CPU kernels do fast; how far each is from PIL is held by the golden tests.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,21 +28,50 @@ _TRUNCATE16 = -0.499 / 32767
 
 
 def build_pipeline(
-    views: Sequence[ViewSpec], image_size: int, *, batch_size: int, threads: int, device_id: int | None, prefetch: int
+    views: Sequence[ViewSpec],
+    image_size: int,
+    source: Callable[[], dict[str, Any]],
+    *,
+    batch_size: int,
+    threads: int,
+    device_id: int | None,
+    prefetch: int,
 ) -> Pipeline:
-    """The pipeline for `views` at side `image_size`; feed it `pipeline_inputs`, it returns one [b, S, S, 3] uint8 a view.
+    """The pipeline for `views` at side `image_size`: one [b, S, S, 3] uint8 a view for each `pipeline_inputs` of `source`.
 
-    `device_id` None runs everything on the CPU; otherwise decoding is shared with, and all else runs on, that GPU.
+    `source` is called ahead of the consumer, up to `prefetch` batches, and raises StopIteration at the end. `device_id` None
+    runs everything on the CPU; otherwise decoding is shared with, and all else runs on, that GPU.
     """
+    names = _input_names(views)
+
+    def ordered() -> tuple[Any, ...]:
+        inputs = source()
+        return tuple(inputs[name] for name in names)
+
     return _definition(
         tuple(views),
         image_size,
+        ordered,
         device_id is not None,
         batch_size=batch_size,
         num_threads=threads,
         device_id=device_id,
         prefetch_queue_depth=prefetch,
     )
+
+
+def _input_names(views: Sequence[ViewSpec]) -> list[str]:
+    names = ["encoded"]
+    if any(spec.kind == "resize_crop" for spec in views):
+        names += ["resize.size", "resize.start", "resize.end"]
+    for i, spec in enumerate(views):
+        own = ["start"]
+        own += ["shape"] if spec.kind == "random_resized_crop" else []
+        own += ["flip"] if spec.hflip else []
+        if spec.photometric is not None:
+            own += ["jitter", *(f"op{k}" for k in range(4)), *(f"factor{k}" for k in range(4)), "choice", "blur"]
+        names += [f"view{i}.{name}" for name in own]
+    return names
 
 
 def pipeline_inputs(
@@ -130,23 +159,27 @@ def _box_radius(sigma: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 @pipeline_def(enable_conditionals=True)
-def _definition(views: tuple[ViewSpec, ...], image_size: int, gpu: bool) -> tuple[Node, ...]:
-    image = _decode(gpu)
+def _definition(
+    views: tuple[ViewSpec, ...], image_size: int, source: Callable[[], tuple[Any, ...]], gpu: bool
+) -> tuple[Node, ...]:
+    names = _input_names(views)
+    inputs = dict(zip(names, fn.external_source(source=source, num_outputs=len(names))))
+    image = _decode(inputs["encoded"], gpu)
     resized = None
-    if any(spec.kind == "resize_crop" for spec in views):
-        resized = _resize(
-            image,
-            fn.external_source(name="resize.size"),
-            roi_start=fn.external_source(name="resize.start"),
-            roi_end=fn.external_source(name="resize.end"),
-        )
-    return tuple(_view(f"view{i}", spec, image, resized, image_size, gpu) for i, spec in enumerate(views))
+    if "resize.size" in inputs:
+        roi = {"roi_start": inputs["resize.start"], "roi_end": inputs["resize.end"]}
+        resized = _resize(image, inputs["resize.size"], **roi)
+    outputs = []
+    for i, spec in enumerate(views):
+        own = {name.partition(".")[2]: node for name, node in inputs.items() if name.startswith(f"view{i}.")}
+        outputs.append(_view(spec, image, resized, own, image_size, gpu))
+    return tuple(outputs)
 
 
-def _decode(gpu: bool) -> Node:
+def _decode(encoded: Node, gpu: bool) -> Node:
     """Decode to RGB as PIL does: the same chroma upsampling, and EXIF orientation not applied."""
     return fn.decoders.image(
-        fn.external_source(name="encoded"),
+        encoded,
         device="mixed" if gpu else "cpu",
         output_type=types.RGB,
         jpeg_fancy_upsampling=True,
@@ -154,18 +187,16 @@ def _decode(gpu: bool) -> Node:
     )
 
 
-def _view(name: str, spec: ViewSpec, image: Node, resized: Node, image_size: int, gpu: bool) -> Node:
-    start = fn.external_source(name=f"{name}.start")
+def _view(spec: ViewSpec, image: Node, resized: Node, inputs: dict[str, Node], image_size: int, gpu: bool) -> Node:
+    square = [image_size, image_size]
     if spec.kind == "resize_crop":
-        square = [image_size, image_size]
-        x = fn.slice(resized, start=start, shape=square, axes=[0, 1], out_of_bounds_policy="reflect_101")
+        x = fn.slice(resized, start=inputs["start"], shape=square, axes=[0, 1], out_of_bounds_policy="reflect_101")
     else:
-        window = fn.slice(image, start=start, shape=fn.external_source(name=f"{name}.shape"), axes=[0, 1])
-        x = _resize(window, [image_size, image_size])
+        x = _resize(fn.slice(image, start=inputs["start"], shape=inputs["shape"], axes=[0, 1]), square)
     if spec.hflip:
-        x = fn.flip(x, horizontal=fn.external_source(name=f"{name}.flip"))
+        x = fn.flip(x, horizontal=inputs["flip"])
     if spec.photometric is not None:
-        x = _photometric(name, x, spec.photometric.solarize_threshold, gpu)
+        x = _photometric(x, inputs, spec.photometric.solarize_threshold, gpu)
     return x
 
 
@@ -180,20 +211,17 @@ def _blur(x: Node, kernel: Node, gpu: bool) -> Node:
     return fn.filter(down, fn.reshape(kernel, shape=[1, -1]), border="clamp")
 
 
-def _photometric(name: str, x: Node, threshold: int, gpu: bool) -> Node:
-    if fn.external_source(name=f"{name}.jitter"):
+def _photometric(x: Node, inputs: dict[str, Node], threshold: int, gpu: bool) -> Node:
+    if inputs["jitter"]:
         for k in range(4):
-            op = fn.external_source(name=f"{name}.op{k}")
-            x = _jitter(x, op, fn.external_source(name=f"{name}.factor{k}"), gpu)
-    choice = fn.external_source(name=f"{name}.choice")
-    kernel = fn.external_source(name=f"{name}.blur")
-    if choice == GRAY:
+            x = _jitter(x, inputs[f"op{k}"], inputs[f"factor{k}"], gpu)
+    if inputs["choice"] == GRAY:
         x = _gray3(x)
-    elif choice == SOLARIZE:
+    elif inputs["choice"] == SOLARIZE:
         table = [v if v < threshold else 255 - v for v in range(256)]
         x = fn.lookup_table(x, keys=list(range(256)), values=table, dtype=types.UINT8)
-    elif choice == BLUR:
-        x = _blur(x, kernel, gpu)
+    elif inputs["choice"] == BLUR:
+        x = _blur(x, inputs["blur"], gpu)
     return x
 
 
@@ -262,11 +290,10 @@ def _interchange(x: Node, layout: str) -> Node:
 
 def decode_one(data: bytes) -> NDArray[np.uint8]:
     """Decode one image on the CPU exactly as the pipeline does: uint8 [H, W, 3]; RuntimeError when it cannot be."""
-    pipe = _decoding(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1)
-    pipe.feed_input("encoded", [np.frombuffer(data, np.uint8)])
+    pipe = _decoding(np.frombuffer(data, np.uint8), batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1)
     return np.array(pipe.run()[0].at(0))
 
 
 @pipeline_def
-def _decoding() -> Node:
-    return _decode(False)
+def _decoding(data: NDArray[np.uint8]) -> Node:
+    return _decode(fn.external_source(source=lambda: [data]), False)

@@ -56,16 +56,15 @@ class ViewStream:
     ) -> None:
         self._source, self._views, self._plan, self._draw = source, views, plan, draw
         self._prefetch = prefetch
-        index = device.index if device.index is not None else 0
         self._pipe: Any = build_pipeline(
             views,
             image_size,
+            self._next_inputs,
             batch_size=batch_size,
             threads=threads,
-            device_id=index if device.type == "cuda" else None,
+            device_id=_device_id(device),
             prefetch=prefetch,
         )
-        self._pipe.build()
         self._readers = ThreadPoolExecutor(min(32, 4 * threads), thread_name_prefix="lut-ds-read")
         self._reading: deque[tuple[Job, list[Future[list[tuple[bytes, tuple[int, int]]]]]]] = deque()
         self._flying: deque[_Flight] = deque()
@@ -78,7 +77,7 @@ class ViewStream:
         if self._pipe is None:
             raise StopIteration
         try:
-            self._fill()
+            self._pipe.schedule_run()  # calls _next_inputs until `prefetch` batches are under way
             if not self._flying:
                 raise self._fault or StopIteration
             flight = self._flying.popleft()
@@ -100,25 +99,26 @@ class ViewStream:
         self._flying.clear()
         self._pipe = None
 
-    def _fill(self) -> None:
-        """Keep `prefetch` batches in the pipeline, and as many again being read."""
-        while self._fault is None and len(self._flying) < self._prefetch:
-            self._read_ahead()
-            if not self._reading:
-                return
-            job, chunks = self._reading.popleft()
-            try:
-                items = [item for chunk in chunks for item in chunk.result()]
-                encoded = [data for data, _ in items]
-                self._feed(job, encoded, np.array([size for _, size in items], np.int32))
-            except RunFault as fault:
-                self._fault = fault
-                return
-            self._flying.append(_Flight(job, encoded))
+    def _next_inputs(self) -> dict[str, Any]:
+        """The pipeline's inputs for the next batch of the plan; StopIteration after the last one or before a faulty one."""
         self._read_ahead()
+        if self._fault is not None or not self._reading:
+            raise StopIteration
+        job, chunks = self._reading.popleft()
+        self._read_ahead()
+        try:
+            items = [item for chunk in chunks for item in chunk.result()]
+        except RunFault as fault:
+            self._fault = fault
+            raise StopIteration from fault
+        encoded = [data for data, _ in items]
+        sizes_hw = np.array([size for _, size in items], np.int32)
+        self._flying.append(_Flight(job, encoded))
+        return pipeline_inputs(self._views, encoded, sizes_hw, self._draw(*job, sizes_hw))
 
     def _read_ahead(self) -> None:
-        while len(self._reading) <= self._prefetch:
+        """Keep as many batches being read as the pipeline holds."""
+        while len(self._reading) < self._prefetch:
             job = next(self._plan, None)
             if job is None:
                 return
@@ -132,12 +132,6 @@ class ViewStream:
             data = self._source.read(sample)
             items.append((data, image_hw(data, self._source.name(sample))))
         return items
-
-    def _feed(self, job: Job, encoded: list[bytes], sizes_hw: NDArray[np.int32]) -> None:
-        params = self._draw(*job, sizes_hw)
-        for name, value in pipeline_inputs(self._views, encoded, sizes_hw, params).items():
-            self._pipe.feed_input(name, value)
-        self._pipe.schedule_run()
 
     def _take(self, flight: _Flight) -> list[torch.Tensor]:
         """The oldest batch of the pipeline as tensors that own their memory."""
@@ -158,6 +152,13 @@ class ViewStream:
             except RuntimeError:
                 return RunFault(f"data: {self._source.name(sample)}: cannot be decoded: {_reason(data)}")
         return RunFault(f"data: a batch of {self._source.name(samples[0])} and {len(samples) - 1} more failed: {error}")
+
+
+def _device_id(device: torch.device) -> int | None:
+    """DALI's name of the device: None for anything but a GPU, which then gets its views from the CPU pipeline."""
+    if device.type != "cuda":
+        return None
+    return torch.cuda.current_device() if device.index is None else device.index
 
 
 def image_hw(data: bytes, name: str) -> tuple[int, int]:
