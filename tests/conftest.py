@@ -1,0 +1,13 @@
+"""Fixtures that every room may use."""
+
+from pathlib import Path
+
+import pytest
+
+from lut_ds.data.digits import write_digits
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """scikit-learn's handwritten digits as a JPEG image folder, 32 px, with train and val."""
+    return write_digits(tmp_path_factory.mktemp("digits") / "digits", 32)
