@@ -152,6 +152,21 @@ def test_checkpointed_blocks_give_the_same_gradients() -> None:
     assert all(gradient.any() for gradient in gradients[0])
 
 
+@pytest.mark.parametrize("checkpointing,passes", [(False, 1), (True, 2)])
+def test_checkpointed_blocks_are_computed_again_in_the_backward_pass(checkpointing: bool, passes: int) -> None:
+    encoder = small_encoder()
+    encoder.set_grad_checkpointing(checkpointing)
+    calls: list[int] = []
+    for index, block in enumerate(encoder.blocks):
+        block.register_forward_pre_hook(lambda *_, index=index: calls.append(index))
+    view = torch.randn(2, 3, 32, 32)
+    encode_views(encoder, [view], None).sum().backward()
+    assert sorted(calls) == sorted([0, 1] * passes)
+    with torch.no_grad():
+        encode_views(encoder, [view], None)  # nothing to keep: never twice
+    assert len(calls) == 2 * passes + 2
+
+
 def test_positions_are_frozen_and_saved() -> None:
     encoder = encoder_from(small())
     assert "pos_embed" in encoder.state_dict()

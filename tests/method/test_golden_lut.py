@@ -86,9 +86,11 @@ def test_golden_losses(case: Case) -> None:
 
 def test_golden_gradients(case: Case) -> None:
     gradients = {to_published(name): p.grad for name, p in case.student.named_parameters()}
-    assert_states_close(gradients, case.golden.group("grad"), atol=3e-6, skip_noise=True)
+    expected = case.golden["out.grad_norm"]
+    scale = max(1.0, expected.item())  # rounding noise grows with the gradient
+    assert_states_close(gradients, case.golden.group("grad"), atol=3e-6 * scale, skip_noise=True)
     norm = torch.nn.utils.get_total_norm(list(gradients.values()))
-    torch.testing.assert_close(norm, case.golden["out.grad_norm"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(norm, expected, atol=1e-5 * scale, rtol=0)
 
 
 def test_golden_batch_norm_buffers(case: Case) -> None:

@@ -40,6 +40,15 @@ def test_layout(depth: int, norm: str, act: str) -> None:
     assert torch.equal(head(x), x) if depth == 0 else head(x).shape == (5, 8)
 
 
+def test_initial_weights_are_xavier_uniform() -> None:
+    torch.manual_seed(0)
+    for layer in make_head(3, 32, 64, "none", "relu"):
+        if isinstance(layer, nn.Linear):
+            limit = (6 / (layer.in_features + layer.out_features)) ** 0.5
+            assert layer.weight.abs().max() <= limit
+            assert layer.weight.std().item() == pytest.approx(limit / 3**0.5, rel=0.1)
+
+
 def test_norm_constants() -> None:
     batch, layer = make_head(2, 8, 12, "bn", "relu")[1], make_head(2, 8, 12, "ln", "relu")[1]
     assert (batch.eps, batch.momentum, layer.eps) == (1e-5, 0.1, 1e-6)
