@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lut_kernels.attention_kernels import launch_backward, launch_forward
+from lut_kernels.attention_launch import launch_backward, launch_forward
 from lut_kernels.checks import FLOATS, expect_dtype, expect_shape
 from lut_kernels.dispatch import choice
 from lut_kernels.runtime import INTERPRETED

@@ -1,6 +1,6 @@
-"""Triton kernels of self-attention on packed qkv, and their launchers.
+"""Triton kernels of self-attention on packed qkv.
 
-Head dims that are no power of two are covered by two tiles (80 = 64 + 16), not by one padded to the next power.
+Head dims that are no power of two are covered by two tiles of D0 and D1 columns (80 = 64 + 16).
 Scores are kept in base 2: `scale2` is log2(e) / sqrt(d), and the saved `lse` is log2 of the row's sum of exponentials.
 """
 
@@ -9,14 +9,8 @@ Scores are kept in base 2: `scale2` is log2(e) / sqrt(d), and the saved `lse` is
 
 from __future__ import annotations
 
-import math
-
-import torch
 import triton
 import triton.language as tl
-
-from lut_kernels.dispatch import tile
-from lut_kernels.runtime import accumulator, on_device_of
 
 
 @triton.jit
@@ -324,80 +318,3 @@ def backward_q_kernel(
     _put(grad_qkv + place, grad_q0 * scale, rows, stride, tokens, 0, D0, D)
     if D1 > 0:
         _put(grad_qkv + place, grad_q1 * scale, rows, stride, tokens, D0, D1, D)
-
-
-def split_head(head_dim: int) -> tuple[int, int]:
-    """(D0, D1): tile widths, powers of two from 16, that cover the head dim with the fewest columns; D1 may be 0."""
-    whole = max(16, triton.next_power_of_2(head_dim))
-    first = whole // 2
-    rest = max(16, triton.next_power_of_2(max(head_dim - first, 1)))
-    return (first, rest) if first >= 16 and first + rest < whole else (whole, 0)
-
-
-def _precision(dtype: torch.dtype) -> str:
-    """fp32 follows torch's own switch for matrix products; it has no meaning for the other types."""
-    return "tf32" if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
-
-
-def launch_forward(qkv: torch.Tensor, num_heads: int, save: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out [B, N, H*d], lse [B, H, N] or empty unless `save`)."""
-    batch, tokens, packed = qkv.shape
-    head_dim = packed // (3 * num_heads)
-    wide = torch.promote_types(qkv.dtype, torch.float32)
-    qkv = qkv.contiguous()
-    out = qkv.new_empty((batch, tokens, packed // 3))
-    lse = qkv.new_empty((batch, num_heads, tokens) if save else (0,), dtype=wide)
-    if out.numel() == 0:
-        return out, lse
-    config = tile("attention_forward", qkv.device, qkv.dtype, tokens, head_dim)
-    heads = math.gcd(config["heads"], num_heads)
-    first, rest = split_head(head_dim)
-    row_blocks = triton.cdiv(tokens, config["rows"])
-    with on_device_of(qkv):
-        forward_kernel[(batch * (num_heads // heads) * row_blocks,)](
-            qkv, out, lse, tokens, num_heads, num_heads // heads, row_blocks, head_dim**-0.5 * math.log2(math.e),
-            D=head_dim, D0=first, D1=rest, ROWS=config["rows"], STEP=config["step"], HEADS=heads, SAVE=save,
-            ACC=accumulator(qkv.dtype), PRECISION=_precision(qkv.dtype),
-            num_warps=config["warps"], num_stages=config["stages"],
-        )  # fmt: skip
-    return out, lse
-
-
-def launch_backward(
-    grad: torch.Tensor, qkv: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, num_heads: int
-) -> torch.Tensor:
-    """Gradient of qkv, packed as qkv. No atomics: always the same."""
-    batch, tokens, packed = qkv.shape
-    head_dim = packed // (3 * num_heads)
-    qkv, out, grad = qkv.contiguous(), out.contiguous(), grad.contiguous()
-    grad_qkv = torch.empty_like(qkv)
-    if qkv.numel() == 0:
-        return grad_qkv
-    first, rest = split_head(head_dim)
-    shared = {
-        "D": head_dim, "D0": first, "D1": rest, "ACC": accumulator(qkv.dtype), "PRECISION": _precision(qkv.dtype),
-    }  # fmt: skip
-    scale, scale2 = head_dim**-0.5, head_dim**-0.5 * math.log2(math.e)
-    config = tile("attention_backward", qkv.device, qkv.dtype, tokens, head_dim)
-    with on_device_of(qkv):
-        if tokens <= config["rows"]:
-            heads = math.gcd(config["heads"], num_heads)
-            backward_one_tile_kernel[(batch * num_heads // heads,)](
-                qkv, out, grad, lse, grad_qkv, tokens, num_heads, num_heads // heads, scale, scale2,
-                ROWS=config["rows"], HEADS=heads, num_warps=config["warps"], num_stages=config["stages"], **shared,
-            )  # fmt: skip
-            return grad_qkv
-        delta = torch.empty_like(lse)
-        blocks = triton.cdiv(tokens, 64)
-        delta_kernel[(batch * num_heads * blocks,)](
-            out, grad, delta, tokens, num_heads, blocks,
-            D=head_dim, COLS=max(16, triton.next_power_of_2(head_dim)), ROWS=64, ACC=accumulator(qkv.dtype),
-        )  # fmt: skip
-        blocks = triton.cdiv(tokens, config["rows"])
-        for kernel in (backward_kv_kernel, backward_q_kernel):
-            kernel[(batch * num_heads * blocks,)](
-                qkv, grad, lse, delta, grad_qkv, tokens, num_heads, blocks, scale, scale2,
-                ROWS=config["rows"], STEP=config["step"], num_warps=config["warps"], num_stages=config["stages"],
-                **shared,
-            )  # fmt: skip
-    return grad_qkv

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from lut_kernels.runtime import INTERPRETED
+from lut_kernels.runtime import INTERPRETED, recording
 
 OPS = ("gather_patches", "embed_tokens", "unshuffle_tokens", "reconstruction_loss", "attention")
 MODES = ("auto", "torch", "triton")
@@ -114,10 +114,17 @@ def choice(op: str, device: torch.device | str, dtype: torch.dtype, *shape: int,
 
 
 @lru_cache(maxsize=4096)
-def tile(kernel: str, device: torch.device, dtype: torch.dtype, tokens: int = 0, head_dim: int = 0) -> dict[str, int]:
-    """Tile sizes, warps and pipeline stages of a kernel, from the table."""
-    name = str(dtype).removeprefix("torch.")
-    for rule in rules("tiles", architecture(device), kernel):
-        if matches(rule, name, tokens, head_dim, True):
+def _tile(kernel: str, arch: str, dtype: str, tokens: int, head_dim: int) -> dict[str, int]:
+    for rule in rules("tiles", arch, kernel):
+        if matches(rule, dtype, tokens, head_dim, True):
             return rule["tile"]
-    raise LookupError(f"{TABLE_PATH.name}: no tile for {kernel} {name} tokens={tokens} head_dim={head_dim}")
+    raise LookupError(f"{TABLE_PATH.name}: no tile for {kernel} {dtype} tokens={tokens} head_dim={head_dim}")
+
+
+def tile(kernel: str, device: torch.device, dtype: torch.dtype, tokens: int = 0, head_dim: int = 0) -> dict[str, int]:
+    """Tile sizes, warps and pipeline stages of a kernel, from the table (or from the recording in force)."""
+    noted = recording()
+    if noted is not None and kernel in noted.tiles:
+        return noted.tiles[kernel]
+    arch = architecture(device) if noted is None else noted.architecture
+    return _tile(kernel, arch, str(dtype).removeprefix("torch."), tokens, head_dim)

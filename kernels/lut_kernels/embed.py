@@ -13,7 +13,7 @@ import triton.language as tl
 
 from lut_kernels.checks import FLOATS, expect_device, expect_dtype, expect_shape
 from lut_kernels.dispatch import choice, tile
-from lut_kernels.runtime import INTERPRETED, accumulator, column_block, on_device_of
+from lut_kernels.runtime import INTERPRETED, accumulator, column_block, launch
 
 
 @triton.jit
@@ -59,7 +59,7 @@ def embed_kernel(
         tl.store(target, total.to(out.dtype.element_ty), mask=(rows <= kept)[:, None] & inside[None, :])
 
 
-def _launch(
+def launch_embed(
     x: torch.Tensor, cls_token: torch.Tensor, pos_embed: torch.Tensor, ids: torch.Tensor | None
 ) -> torch.Tensor:
     batch, kept, width = x.shape
@@ -71,8 +71,8 @@ def _launch(
     row_blocks = triton.cdiv(kept + 1, rows)
     if out.numel() == 0:
         return out
-    with on_device_of(x):
-        embed_kernel[(batch * row_blocks,)](
+    launch(
+        embed_kernel, batch * row_blocks, x,
             x, cls_token.contiguous(), pos_embed.contiguous(), x if ids is None else ids.contiguous(), out,
             kept, pos_embed.shape[1], row_blocks,
             WIDTH=width, HAS_IDS=ids is not None, ROWS=rows, BLOCK=block,
@@ -99,10 +99,10 @@ def embed_op(
     x: torch.Tensor, cls_token: torch.Tensor, pos_embed: torch.Tensor, ids: torch.Tensor | None
 ) -> torch.Tensor:
     """The operator behind `embed_tokens`."""
-    return (_launch if INTERPRETED else _reference)(x, cls_token, pos_embed, ids)
+    return (launch_embed if INTERPRETED else _reference)(x, cls_token, pos_embed, ids)
 
 
-embed_op.register_kernel("cuda")(_launch)
+embed_op.register_kernel("cuda")(launch_embed)
 
 
 @embed_op.register_fake

@@ -14,7 +14,7 @@ import triton.language as tl
 from lut_kernels.checks import FLOATS, expect_dtype
 from lut_kernels.dispatch import choice, tile
 from lut_kernels.pixels import affine, check_ids, check_pixels, load_rows, normalised_rows
-from lut_kernels.runtime import INTERPRETED, accumulator, batch_strided, on_device_of
+from lut_kernels.runtime import INTERPRETED, accumulator, batch_strided, launch
 
 
 @triton.jit
@@ -55,7 +55,7 @@ def gather_kernel(
     tl.store(target, found.to(out.dtype.element_ty), mask=mask)
 
 
-def _launch(
+def launch_gather(
     pixels: torch.Tensor,
     ids: torch.Tensor | None,
     patch_size: int,
@@ -71,8 +71,8 @@ def _launch(
     row_blocks = triton.cdiv(kept, config["rows"])
     if out.numel() == 0:
         return out
-    with on_device_of(pixels):
-        gather_kernel[(batch * row_blocks,)](
+    launch(
+        gather_kernel, batch * row_blocks, pixels,
             pixels, pixels if ids is None else ids.contiguous(), out, pixels.stride(0), kept, row_blocks,
             *scale, *shift,
             SIDE=grid * patch_size, PATCH=patch_size, HAS_IDS=ids is not None, HWC=pixels.dtype == torch.uint8,
@@ -104,11 +104,11 @@ def gather_op(
 ) -> torch.Tensor:
     """The operator behind `gather_patches`; takes the affine map of the pixels instead of mean and std."""
     if INTERPRETED:
-        return _launch(pixels, ids, patch_size, scale, shift, dtype)
+        return launch_gather(pixels, ids, patch_size, scale, shift, dtype)
     return _reference(pixels, ids, patch_size, scale, shift, dtype).clone()  # an op may not return a view of its input
 
 
-gather_op.register_kernel("cuda")(_launch)
+gather_op.register_kernel("cuda")(launch_gather)
 
 
 @gather_op.register_fake

@@ -15,7 +15,7 @@ import triton.language as tl
 from lut_kernels.checks import FLOATS, expect_device, expect_dtype, expect_shape
 from lut_kernels.dispatch import choice, tile
 from lut_kernels.pixels import affine, check_ids, check_pixels, load_rows, normalised_rows
-from lut_kernels.runtime import INTERPRETED, accumulator, batch_strided, on_device_of
+from lut_kernels.runtime import INTERPRETED, accumulator, batch_strided, launch
 
 EPS = 1e-6
 
@@ -87,7 +87,7 @@ def _stored_scale(pred: torch.Tensor) -> float:
     return 1.0 if pred.dtype == torch.float16 else 2.0 / max(pred.numel(), 1)
 
 
-def _launch(
+def launch_loss(
     pred: torch.Tensor,
     pixels: torch.Tensor,
     ids: torch.Tensor,
@@ -106,8 +106,8 @@ def _launch(
     config = tile("reconstruction_loss", pred.device, pred.dtype)
     row_blocks = triton.cdiv(masked, config["rows"])
     if pred.numel() > 0:
-        with on_device_of(pred):
-            loss_kernel[(batch * row_blocks,)](
+        launch(
+            loss_kernel, batch * row_blocks, pred,
                 pred, pixels, ids.contiguous(), row_loss, grad, pixels.stride(0), masked, row_blocks,
                 _stored_scale(pred), *scale, *shift,
                 SIDE=grid * patch_size, PATCH=patch_size, HWC=pixels.dtype == torch.uint8, NORM_PIX=norm_pix,
@@ -117,11 +117,10 @@ def _launch(
     return row_loss.mean().float(), grad
 
 
-def _launch_scale(grad: torch.Tensor, upstream: torch.Tensor, factor: float) -> None:
+def launch_scale(grad: torch.Tensor, upstream: torch.Tensor, factor: float) -> None:
     block = 4096
     if grad.numel() > 0:
-        with on_device_of(grad):
-            scale_kernel[(triton.cdiv(grad.numel(), block),)](grad, upstream, factor, grad.numel(), BLOCK=block)
+        launch(scale_kernel, triton.cdiv(grad.numel(), block), grad, grad, upstream, factor, grad.numel(), BLOCK=block)
 
 
 def _target(
@@ -168,7 +167,7 @@ def loss_op(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(loss, error * stored scale in the shape and dtype of pred; empty unless `with_grad`)."""
     if INTERPRETED:
-        return _launch(pred, pixels, ids, patch_size, scale, shift, norm_pix, with_grad)
+        return launch_loss(pred, pixels, ids, patch_size, scale, shift, norm_pix, with_grad)
     wide = torch.promote_types(pred.dtype, torch.float32)
     error = pred.to(wide) - _target(pixels, ids, patch_size, scale, shift, norm_pix, wide)
     grad = (error * _stored_scale(pred)).to(pred.dtype) if with_grad else pred.new_empty(0)
@@ -179,13 +178,13 @@ def loss_op(
 def scale_op(grad: torch.Tensor, upstream: torch.Tensor, factor: float) -> None:
     """Multiply the saved gradient in place by the gradient of the loss (a scalar on the device) and `factor`."""
     if INTERPRETED:
-        _launch_scale(grad, upstream, factor)
+        launch_scale(grad, upstream, factor)
     else:
         grad.mul_((upstream * factor).to(torch.promote_types(grad.dtype, torch.float32)))
 
 
-loss_op.register_kernel("cuda")(_launch)
-scale_op.register_kernel("cuda")(_launch_scale)
+loss_op.register_kernel("cuda")(launch_loss)
+scale_op.register_kernel("cuda")(launch_scale)
 
 
 @loss_op.register_fake

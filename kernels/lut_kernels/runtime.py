@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import triton
@@ -17,9 +20,50 @@ def accumulator(dtype: torch.dtype) -> tl.dtype:
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
-def on_device_of(tensor: torch.Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current device; make it the tensor's."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+@dataclass
+class Launch:
+    """One kernel launch: what an ahead-of-time compiler needs to build the same binary."""
+
+    kernel: Any
+    args: tuple[Any, ...]
+    constants: dict[str, Any]
+
+
+@dataclass
+class Recording:
+    """Launches noted instead of run, as on this architecture and, where given, with these tiles by kernel name."""
+
+    architecture: str
+    tiles: dict[str, dict[str, int]] = field(default_factory=dict)
+    launches: list[Launch] = field(default_factory=list)
+
+
+_recording: Recording | None = None
+
+
+@contextmanager
+def record_launches(architecture: str, tiles: dict[str, dict[str, int]] | None = None) -> Iterator[Recording]:
+    """Inside, launchers given tensors on the `meta` device note their launches for `resources` and run nothing."""
+    global _recording
+    _recording = Recording(architecture, tiles or {})
+    try:
+        yield _recording
+    finally:
+        _recording = None
+
+
+def recording() -> Recording | None:
+    """The recording in force, if any."""
+    return _recording
+
+
+def launch(kernel: Any, programs: int, on: torch.Tensor, *args: Any, **constants: Any) -> None:
+    """Run `programs` programs of a kernel on the device of `on`; Triton itself would take the current device."""
+    if _recording is not None:
+        _recording.launches.append(Launch(kernel, args, constants))
+        return
+    with torch.cuda.device(on.device) if on.is_cuda else nullcontext():
+        kernel[(programs,)](*args, **constants)
 
 
 def batch_strided(tensor: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from lut_kernels.checks import FLOATS, expect_device, expect_dtype, expect_shape
 from lut_kernels.dispatch import choice, tile
-from lut_kernels.runtime import INTERPRETED, accumulator, column_block, on_device_of
+from lut_kernels.runtime import INTERPRETED, accumulator, column_block, launch
 
 
 @triton.jit
@@ -96,7 +96,7 @@ def unshuffle_backward_kernel(
     tl.store(grad_mask + sample * WIDTH + column, total, mask=inside)
 
 
-def _launch(
+def launch_unshuffle(
     x: torch.Tensor, mask_token: torch.Tensor, pos_embed: torch.Tensor, ids_restore: torch.Tensor
 ) -> torch.Tensor:
     batch, tokens, width = x.shape
@@ -108,8 +108,8 @@ def _launch(
     row_blocks = triton.cdiv(1 + patches, rows)
     if out.numel() == 0:
         return out
-    with on_device_of(x):
-        unshuffle_kernel[(batch * row_blocks,)](
+    launch(
+        unshuffle_kernel, batch * row_blocks, x,
             x.contiguous(), mask_token.contiguous(), pos_embed.contiguous(), ids_restore.contiguous(), out,
             tokens - 1, patches, row_blocks,
             WIDTH=width, ROWS=rows, BLOCK=block, ACC=accumulator(x.dtype),
@@ -118,7 +118,9 @@ def _launch(
     return out
 
 
-def _launch_backward(grad: torch.Tensor, ids_restore: torch.Tensor, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+def launch_unshuffle_backward(
+    grad: torch.Tensor, ids_restore: torch.Tensor, tokens: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     batch, full, width = grad.shape
     wide = torch.promote_types(grad.dtype, torch.float32)
     grad_x = grad.new_empty((batch, tokens, width))
@@ -126,8 +128,8 @@ def _launch_backward(grad: torch.Tensor, ids_restore: torch.Tensor, tokens: int)
     config = tile("unshuffle_tokens_backward", grad.device, grad.dtype)
     block = min(column_block(width), config["columns"])
     if grad.numel() > 0:
-        with on_device_of(grad):
-            unshuffle_backward_kernel[(batch * triton.cdiv(width, block),)](
+        launch(
+            unshuffle_backward_kernel, batch * triton.cdiv(width, block), grad,
                 grad.contiguous(), ids_restore.contiguous(), grad_x, partial,
                 tokens - 1, full - 1, triton.cdiv(width, block),
                 WIDTH=width, ROWS=config["rows"], BLOCK=block, ACC=accumulator(grad.dtype), num_warps=config["warps"],
@@ -163,7 +165,7 @@ def unshuffle_op(
     x: torch.Tensor, mask_token: torch.Tensor, pos_embed: torch.Tensor, ids_restore: torch.Tensor
 ) -> torch.Tensor:
     """The operator behind `unshuffle_tokens`."""
-    return (_launch if INTERPRETED else _reference)(x, mask_token, pos_embed, ids_restore)
+    return (launch_unshuffle if INTERPRETED else _reference)(x, mask_token, pos_embed, ids_restore)
 
 
 @torch.library.custom_op("lut_kernels::unshuffle_tokens_backward", mutates_args=())
@@ -171,11 +173,11 @@ def unshuffle_backward_op(
     grad: torch.Tensor, ids_restore: torch.Tensor, tokens: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(gradient of x [B, 1+K, D], of the mask token [1, 1, D] in fp32 or wider). No atomics: always the same."""
-    return (_launch_backward if INTERPRETED else _reference_backward)(grad, ids_restore, tokens)
+    return (launch_unshuffle_backward if INTERPRETED else _reference_backward)(grad, ids_restore, tokens)
 
 
-unshuffle_op.register_kernel("cuda")(_launch)
-unshuffle_backward_op.register_kernel("cuda")(_launch_backward)
+unshuffle_op.register_kernel("cuda")(launch_unshuffle)
+unshuffle_backward_op.register_kernel("cuda")(launch_unshuffle_backward)
 
 
 @unshuffle_op.register_fake

@@ -1,0 +1,179 @@
+"""Registers, shared memory, spills and vector widths of every kernel the table can choose, compiled without a GPU.
+
+python -m lut_kernels.resources --json            write the committed table
+python -m lut_kernels.resources --check           compile again, exit 1 where something got worse
+python -m lut_kernels.resources --space           compile the whole tuning space, print what does not fit
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from lut_kernels.runtime import INTERPRETED, Launch, record_launches
+from lut_kernels.tuning import SPACE, cases
+
+PATH = Path(__file__).with_name("resources.json")
+SPACE_PATH = Path(__file__).with_name("resources_space.json")
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+TYPES = {
+    torch.uint8: "u8",
+    torch.int64: "i64",
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+}
+OPTIONS = ("num_warps", "num_stages")
+Report = dict[str, Any]
+
+
+def compile_launch(launch: Launch, arch: int) -> Report:
+    """Compile one recorded launch as the JIT would specialise it, pointers taken as 16-byte aligned."""
+    kernel = launch.kernel
+    given = dict(zip(kernel.arg_names, launch.args)) | launch.constants
+    options = {name: given.pop(name) for name in OPTIONS if name in given}
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int], Any] = {}
+    attributes: dict[tuple[int], list[list[Any]]] = {}
+    for index, name in enumerate(kernel.arg_names):
+        value = given[name]
+        aligned = False
+        if isinstance(value, torch.Tensor):
+            signature[name], aligned = "*" + TYPES[value.dtype], True
+        elif name in launch.constants or (isinstance(value, int) and value == 1):
+            signature[name], constants[(index,)] = "constexpr", value
+        elif isinstance(value, int):
+            signature[name], aligned = "i32", value % 16 == 0
+        else:
+            signature[name] = "fp32"
+        if aligned:
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    return {"kernel": kernel.__name__, "shared": binary.metadata.shared, **_assembled(binary.asm["ptx"], arch)}
+
+
+def _assembled(ptx: str, arch: int) -> Report:
+    """Registers and spilled bytes from ptxas, the widest global accesses from the PTX."""
+    tool = triton.knobs.nvidia.ptxas_blackwell if arch >= 100 else triton.knobs.nvidia.ptxas
+    target = re.search(r"^\.target\s+(\w+)", ptx, re.MULTILINE)
+    if target is None:
+        raise RuntimeError("the PTX names no target")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.ptx")
+        path.write_text(ptx)
+        command = [tool.path, "-v", f"--gpu-name={target[1]}", str(path), "-o", os.devnull]
+        log = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    registers = max(int(count) for count in re.findall(r"Used (\d+) registers", log))
+    spills = sum(int(count) for count in re.findall(r"(\d+) bytes spill", log))
+    return {
+        "registers": registers,
+        "spilled": spills,
+        "load16": _vectorised(ptx, "ld"),
+        "store16": _vectorised(ptx, "st"),
+    }
+
+
+def _vectorised(ptx: str, access: str) -> float:
+    """Share of the bytes of global loads or stores that move 16 at a time, over the instructions in the PTX."""
+    sizes = [
+        int(count or 1) * int(bits) // 8
+        for count, bits in re.findall(rf"\b{access}\.global(?:\.[\w:]+)*?(?:\.v(\d))?\.b(\d+)", ptx)
+    ]
+    if access == "ld":
+        copies = re.findall(r"cp\.async\.\w+\.shared\.global[^;]*?, (0x[0-9a-f]+)", ptx)
+        sizes += [int(size, 16) for size in copies]
+    return round(sum(size for size in sizes if size == 16) / max(sum(sizes), 1), 2)
+
+
+def _compile_case(job: tuple[int, int, dict[str, int] | None]) -> tuple[str, Report]:
+    """(name, report) of one case on one architecture, with the table's tile or the one given."""
+    arch, index, tile = job
+    case = cases()[index]
+    with record_launches(f"sm_{arch}", {case.tile: tile} if tile else None) as noted:
+        case.run("meta")
+    launch = next(one for one in noted.launches if one.kernel.__name__ == case.kernel)
+    return f"sm_{arch} {case.name}" + (f" {json.dumps(tile)}" if tile else ""), compile_launch(launch, arch)
+
+
+def measure(archs: Iterable[int], space: bool, jobs: int) -> dict[str, Report]:
+    """Compile the chosen tiles, or the whole tuning space, for these architectures."""
+    work: list[tuple[int, int, dict[str, int] | None]] = []
+    for arch in archs:
+        for index, case in enumerate(cases()):
+            tiles = SPACE.get(case.tile, []) if space else [None]
+            work += [(arch, index, tile) for tile in tiles]
+    with ProcessPoolExecutor(jobs) as pool:
+        return dict(sorted(pool.map(_compile_case, work), key=lambda pair: pair[0]))
+
+
+def faults(name: str, report: Report) -> list[str]:
+    """What rules a kernel out on its own: spills, or more shared memory than the device has."""
+    arch = int(name.split()[0].removeprefix("sm_"))
+    found = []
+    if report["spilled"]:
+        found.append(f"{name}: spills {report['spilled']} bytes")
+    if report["shared"] > SHARED_LIMIT[arch]:
+        found.append(f"{name}: {report['shared']} bytes of shared memory, the device has {SHARED_LIMIT[arch]}")
+    return found
+
+
+def worse(now: dict[str, Report], before: dict[str, Report]) -> list[str]:
+    """Kernels missing from the committed table, and every number that got worse."""
+    found = []
+    for name, report in now.items():
+        old = before.get(name)
+        if old is None:
+            found.append(f"{name}: not in the committed table; run python -m lut_kernels.resources --json")
+            continue
+        for key, sign in (("registers", 1), ("shared", 1), ("spilled", 1), ("load16", -1), ("store16", -1)):
+            if sign * report[key] > sign * old[key]:
+                found.append(f"{name}: {key} was {old[key]}, is {report[key]}")
+    return found
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m lut_kernels.resources", description="Compile every kernel ahead of time and keep its resources."
+    )
+    action = parser.add_mutually_exclusive_group(required=True)
+    action.add_argument("--json", action="store_true", help="write the committed table")
+    action.add_argument("--check", action="store_true", help="compare with it; exit 1 where something got worse")
+    parser.add_argument("--space", action="store_true", help="the whole tuning space instead of the chosen tiles")
+    parser.add_argument("--arch", type=int, action="append", choices=sorted(SHARED_LIMIT), help="default: all")
+    parser.add_argument("--jobs", type=int, default=min(8, os.cpu_count() or 1))
+    options = parser.parse_args(arguments)
+    if INTERPRETED:
+        print("resources: TRITON_INTERPRET is set, nothing would be compiled; unset it", file=sys.stderr)
+        return 2
+    if options.json and options.arch:
+        parser.error("--json writes every architecture: leave out --arch")
+    path = SPACE_PATH if options.space else PATH
+    now = measure(options.arch or sorted(SHARED_LIMIT), options.space, options.jobs)
+    if options.json:
+        lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(report)}" for name, report in now.items())
+        path.write_text("{\n" + lines + "\n}\n")
+    before = json.loads(path.read_text())
+    # A tile that spills may be tried, and never be chosen.
+    found = worse(now, before) + ([] if options.space else [fault for pair in now.items() for fault in faults(*pair)])
+    print("\n".join([*found, f"{len(now)} kernels compiled, {len(found)} faults"]))
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
