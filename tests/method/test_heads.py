@@ -6,16 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
+from torch import nn
 
 from lut_ds.method.heads import HeadBatchNorm, make_head
 from tests.method.builders import bfloat16_weights, randomise
-
-WORLD = 2
+from tests.method.two_ranks import WORLD, backward, head_of_all, synchronised_rank, views_for
 
 
 @settings(deadline=None, max_examples=40)
@@ -104,46 +101,6 @@ def test_bfloat16_weights_leave_statistics_in_float32(shared: bool) -> None:
     torch.testing.assert_close(narrow.running_mean, ours.running_mean, atol=1e-6, rtol=0)
     torch.testing.assert_close(narrow.running_var, ours.running_var, atol=1e-6, rtol=1e-6)
     assert narrow.eval()(x).dtype == torch.bfloat16
-
-
-def views_for(rank: int) -> list[Tensor]:
-    """Two views of a rank's batch; ranks differ in mean and scale, so that local statistics are visibly wrong."""
-    generator = torch.Generator().manual_seed(100 + rank)
-    return [torch.randn(3, 8, generator=generator) * (1 + rank) + 2 * rank + view for view in range(2)]
-
-
-def head_of_all() -> nn.Sequential:
-    """The head that every process starts from."""
-    torch.manual_seed(7)
-    head = make_head(3, 8, 10, "bn", "gelu")
-    randomise(head)
-    return head
-
-
-def backward(head: nn.Module, views: list[Tensor]) -> dict[str, list[Tensor]]:
-    """Outputs of both views, one after the other, gradients of a loss summed over rows, and the buffers."""
-    inputs = [view.clone().requires_grad_() for view in views]
-    outputs = [head(view) for view in inputs]
-    sum((output * output.cos()).sum() for output in outputs).backward()
-    return {
-        "outputs": [output.detach() for output in outputs],
-        "inputs": [view.grad for view in inputs],
-        "weights": [parameter.grad for parameter in head.parameters()],
-        "buffers": [buffer.clone() for buffer in head.buffers()],
-    }
-
-
-def synchronised_rank(rank: int, folder: str) -> None:
-    """One process of the test below."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=WORLD)
-    head = head_of_all()
-    for layer in head.modules():
-        if isinstance(layer, HeadBatchNorm):
-            layer.all_reduce_sum, layer.world_size = all_reduce, WORLD
-    torch.save(backward(head, views_for(rank)), f"{folder}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 def test_two_ranks_equal_the_full_batch(tmp_path: Path) -> None:
