@@ -56,6 +56,7 @@ class ViewStream:
     ) -> None:
         self._source, self._views, self._plan, self._draw = source, views, plan, draw
         self._prefetch = prefetch
+        self._workers = ThreadPoolExecutor(threads, thread_name_prefix="lut-ds-resize")
         self._pipe: Any = build_pipeline(
             views,
             image_size,
@@ -64,6 +65,7 @@ class ViewStream:
             threads=threads,
             device_id=_device_id(device),
             prefetch=prefetch,
+            parallel_map=self._workers.map if threads > 1 else map,
         )
         self._readers = ThreadPoolExecutor(min(32, 4 * threads), thread_name_prefix="lut-ds-read")
         self._reading: deque[tuple[Job, list[Future[list[tuple[bytes, tuple[int, int]]]]]]] = deque()
@@ -97,7 +99,8 @@ class ViewStream:
         self._readers.shutdown(wait=True, cancel_futures=True)
         self._reading.clear()
         self._flying.clear()
-        self._pipe = None
+        self._pipe = None  # waits for the batch it is working on, which needs the workers
+        self._workers.shutdown()
 
     def _next_inputs(self) -> dict[str, Any]:
         """The pipeline's inputs for the next batch of the plan; StopIteration after the last one or before a faulty one."""
