@@ -39,10 +39,12 @@ def embed_kernel(
     is_cls = rows == 0
     is_token = (rows > 0) & (rows <= kept)
     if HAS_IDS:
-        position = tl.load(ids + sample * kept + rows - 1, mask=is_token, other=-1) + 1
+        patch = tl.load(ids + sample * kept + rows - 1, mask=is_token, other=0)
+        known = (patch >= 0) & (patch < positions - 1)
+        position = tl.where(is_cls, 0, patch + 1)
     else:
         position = rows.to(tl.int64)
-    known = (position >= 0) & (position < positions)
+        known = position < positions
     position = tl.where(known, position, 0)
     for start in range(0, WIDTH, BLOCK):
         column = start + tl.arange(0, BLOCK)
@@ -90,7 +92,8 @@ def _reference(
     else:
         # embedding: its backward is the one torch parallelises over the table
         rows = torch.nn.functional.embedding(ids + 1, pos_embed[0])
-    cls_row = (cls_token + pos_embed[:, :1]).to(x.dtype).expand(batch, 1, width)
+    # expanded before the cast, so that the gradient of cls is summed over the batch in its own dtype
+    cls_row = (cls_token + pos_embed[:, :1]).expand(batch, 1, width).to(x.dtype)
     return torch.cat([cls_row, (x + rows).to(x.dtype)], dim=1)
 
 

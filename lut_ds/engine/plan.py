@@ -69,10 +69,10 @@ def plan(recipe: Recipe, world_size: int) -> dict[str, Any]:
     stage = zero_stage(load_ds_config(recipe))
     micro_batch, accumulation = split_batch(recipe.train.global_batch, recipe.train.micro_batch, world_size)
     steps_per_epoch = images // recipe.train.global_batch
+    warnings = []
     if steps_per_epoch == 0:
-        raise UserError(
-            f"train.global_batch: {recipe.train.global_batch} is more than the {images} images in {recipe.data.path}; lower it"
-        )
+        problem = f"{images} images in {recipe.data.path} are fewer than train.global_batch {recipe.train.global_batch}"
+        warnings.append(f"{problem}: this run would be refused; lower train.global_batch")
     steps = min(steps_per_epoch * recipe.train.epochs, recipe.train.max_steps or steps_per_epoch * recipe.train.epochs)
     counts = parameter_counts(recipe)
     shape = flops_shape(recipe)
@@ -100,6 +100,7 @@ def plan(recipe: Recipe, world_size: int) -> dict[str, Any]:
         "total_eflop": flops["total"] * recipe.train.global_batch * steps / 1e18,
         "zero_stage": stage,
         "memory_gib_per_rank": {**memory, "total": sum(memory.values())},
+        "warnings": warnings,
     }
 
 
@@ -121,7 +122,8 @@ def describe_plan(name: str, planned: dict[str, Any]) -> str:
         "FLOPs": f"{total_flops:.1f} GFLOP an image ({_list(f, '.1f')}); {v['total_eflop']:.3g} EFLOP in all",
         "memory": f"{total_memory:.1f} GiB a rank, ZeRO stage {v['zero_stage']} ({_list(m, '.2f')}); estimated, activations from above",
     }
-    return "\n".join([f"plan of {name}", *(f"  {key:11} {text}" for key, text in rows.items())])
+    warnings = [f"  warning     {warning}" for warning in v["warnings"]]
+    return "\n".join([f"plan of {name}", *(f"  {key:11} {text}" for key, text in rows.items()), *warnings])
 
 
 def _list(values: dict[str, float], form: str) -> str:

@@ -40,7 +40,7 @@ class Outcome:
         folder: the run folder.
         step, steps: optimizer steps done and asked for.
         resumed_from: step of the checkpoint it continued, or None.
-        stopped_by: name of the signal that ended it early, or None.
+        stopped_by: what ended it early (a signal, here or on another rank), or None.
         loss: of the last step recorded in this process.
         images_per_second: over this process's steps, all ranks together.
     """
@@ -177,7 +177,7 @@ def _loop(
     finally:
         batches.close()
         watch.close()
-    return watch.outcome(step, stop.signal_name if stopped else None)
+    return watch.outcome(step, (stop.signal_name or "a signal to another rank") if stopped else None)
 
 
 class Watch:
