@@ -8,6 +8,7 @@ from lut_ds.config import Recipe
 from lut_ds.data.sources import ImageFolder
 from lut_ds.engine.build import build_student, flops_shape
 from lut_ds.engine.ds_config import load_ds_config, zero_stage
+from lut_ds.engine.launch import check_accelerator
 from lut_ds.engine.schedules import peak_lr
 from lut_ds.engine.step import split_batch
 from lut_ds.errors import UserError
@@ -63,6 +64,7 @@ def plan(recipe: Recipe, world_size: int) -> dict[str, Any]:
     Raises:
         UserError: no data, or sizes that do not fit together.
     """
+    check_accelerator()
     if recipe.data.path is None:
         raise UserError("data.path: no image folder given; add data.path=DIR, where DIR holds train/<class>/*.jpg")
     images = len(ImageFolder(recipe.data.path, split="train"))

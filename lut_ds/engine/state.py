@@ -103,9 +103,8 @@ def read_weights(path: Path, kind: str) -> dict[str, Tensor]:
         for name, shape in reader.shapes.items()
     }
     with safe_open(path / "shared.safetensors", "pt") as file:
-        weights |= {
-            key.removeprefix(f"{kind}."): file.get_tensor(key) for key in file.keys() if key.startswith(f"{kind}.")
-        }
+        names = list(file.keys())
+        weights |= {n.removeprefix(f"{kind}."): file.get_tensor(n) for n in names if n.startswith(f"{kind}.")}
     return weights
 
 

@@ -48,7 +48,9 @@ def main() -> None:
             steps = []
             for step in range(5):
                 view1, view2, noise = pixels(recipe, step)
-                part = slice(ranks.rank * len(noise) // ranks.world_size, (ranks.rank + 1) * len(noise) // ranks.world_size)
+                part = slice(
+                    ranks.rank * len(noise) // ranks.world_size, (ranks.rank + 1) * len(noise) // ranks.world_size
+                )
                 views = [v[part].permute(0, 3, 1, 2).float() / 128 - 1 for v in (view1, view2)]
                 if step == BAD_STEP and ranks.rank == ranks.world_size - 1:
                     views[0][0, 0, :, :] = float("nan")

@@ -18,7 +18,13 @@ def free_port() -> int:
 def start_ranks(command: list[str], world_size: int, **env: str) -> list[subprocess.Popen[str]]:
     """One process a rank with the environment that torchrun would set."""
     port = free_port()
-    shared = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", **env}
+    shared = {
+        "WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+        **env,
+    }
     return [
         subprocess.Popen(
             command,

@@ -44,7 +44,9 @@ def wait_for_records(run: Path, count: int, processes: list[subprocess.Popen[str
     deadline = time.monotonic() + timeout
     while len(read_metrics(run / "metrics.jsonl")) < count:
         assert time.monotonic() < deadline, "no progress"
-        assert all(p.poll() is None for p in processes), "a rank ended by itself: " + processes[0].communicate()[1][-2000:]
+        assert all(p.poll() is None for p in processes), (
+            "a rank ended by itself: " + processes[0].communicate()[1][-2000:]
+        )
         time.sleep(0.02)
 
 
@@ -130,10 +132,15 @@ def test_a_damaged_checkpoint_is_passed_over(
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "launcher",
-    [["torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "-m"], ["deepspeed.launcher.runner", "--num_gpus=2", "--module"]],
+    [
+        ["torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "-m"],
+        ["deepspeed.launcher.runner", "--num_gpus=2", "--module"],
+    ],
     ids=["torchrun", "deepspeed"],
 )
-def test_launchers(undisturbed: dict[str, list[dict[str, Any]]], digits: Path, tmp_path: Path, launcher: list[str]) -> None:
+def test_launchers(
+    undisturbed: dict[str, list[dict[str, Any]]], digits: Path, tmp_path: Path, launcher: list[str]
+) -> None:
     recipe, run = write_recipe(tmp_path, digits, tmp_path / "run", deepspeed="zero1"), tmp_path / "run"
     started = subprocess.run(
         [sys.executable, "-m", *launcher, "lut_ds", "pretrain", str(recipe), "train.max_steps=4"],

@@ -94,7 +94,9 @@ def worst(found: dict[str, Tensor], expected: dict[str, Tensor], prefix: str) ->
     return max(((found[n].double() - expected[n].double()).abs().max().item(), n) for n in names)
 
 
-@pytest.mark.parametrize("case", [f"fp32_zero{stage}" for stage in STAGES] + ["mae_zero1", "checkpointing_zero3", "clip_zero2"])
+@pytest.mark.parametrize(
+    "case", [f"fp32_zero{stage}" for stage in STAGES] + ["mae_zero1", "checkpointing_zero3", "clip_zero2"]
+)
 def test_fp32_equals_plain_loop(trained: dict, plain: dict, case: str) -> None:
     expected = plain.get(case, plain["fp32_zero0"])
     found = trained[case]
@@ -130,5 +132,3 @@ def test_bf16_follows_fp32_with_fp32_masters(trained: dict, plain: dict, stage: 
 def test_learning_happens(plain: dict) -> None:
     losses = plain["fp32_zero0"]["losses"]
     assert losses[-3:].mean() < losses[:3].mean() - 0.05
-
-
