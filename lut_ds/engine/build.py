@@ -60,7 +60,8 @@ def compile_blocks(*modules: nn.Module | None) -> None:
         if module is not None:
             for name, child in module.named_modules():
                 if name.rpartition(".")[2].isdigit() and name.rpartition(".")[0].endswith("blocks"):
-                    child.compile()
+                    # Shapes are fixed: one graph for each of student, teacher and decoder.
+                    child.compile(dynamic=False)
 
 
 def flops_shape(recipe: Recipe) -> Shape:
