@@ -134,8 +134,10 @@ def _target(
 ) -> torch.Tensor:
     target = normalised_rows(pixels, ids, patch_size, scale, shift).to(wide)
     if norm_pix:
-        var, mean = torch.var_mean(target, dim=-1, keepdim=True, correction=1)
-        target = (target - mean).mul_((var + EPS).rsqrt_())
+        target = target - target.mean(dim=-1, keepdim=True)
+        # not torch.var: on a CPU it takes twenty times as long as the norm
+        var = torch.linalg.vector_norm(target, dim=-1, keepdim=True).square_() / (target.shape[-1] - 1)
+        target.mul_((var + EPS).rsqrt_())
     return target
 
 

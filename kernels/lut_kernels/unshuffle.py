@@ -140,13 +140,15 @@ def launch_unshuffle_backward(
 def _reference(
     x: torch.Tensor, mask_token: torch.Tensor, pos_embed: torch.Tensor, ids_restore: torch.Tensor
 ) -> torch.Tensor:
-    batch, tokens, _ = x.shape
-    rows = torch.cat([ids_restore.new_zeros(batch, 1), ids_restore + 1], dim=1)
-    shown = (rows < tokens)[:, :, None]
-    # Hidden places read some visible row, and drop it: the gradient of the mask token is then one sum, not many adds.
-    rows = rows.clamp(max=tokens - 1) + torch.arange(batch, device=x.device)[:, None] * tokens
-    full = torch.nn.functional.embedding(rows, x.flatten(0, 1))
-    return (torch.where(shown, full, mask_token.to(x.dtype)) + pos_embed).to(x.dtype)
+    batch, tokens, width = x.shape
+    # Wide from the start: the gradient of the mask token is a sum over all hidden places.
+    wide = torch.promote_types(x.dtype, torch.float32)
+    # One source table a sample: cls, the visible tokens, one mask token; hidden places all point at the last row.
+    source = torch.cat([x.to(wide), mask_token.to(x.dtype).to(wide).expand(batch, 1, width)], dim=1)
+    rows = torch.cat([ids_restore.new_zeros(batch, 1), (ids_restore + 1).clamp(max=tokens)], dim=1)
+    rows = rows + torch.arange(batch, device=x.device)[:, None] * (tokens + 1)
+    full = torch.nn.functional.embedding(rows, source.flatten(0, 1))
+    return (full + pos_embed).to(x.dtype)
 
 
 def _reference_backward(
