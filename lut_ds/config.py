@@ -40,7 +40,7 @@ class Model(Section):
     heads: Positive = 12
     """Encoder attention heads."""
     mlp_ratio: Annotated[float, Field(gt=0)] = 4.0
-    """Hidden width of the MLPs over D."""
+    """Hidden width of the encoder's and decoder's MLPs over their width."""
     decoder_width: Positive = 512
     """Decoder embedding width."""
     decoder_depth: Positive = 8

@@ -1,10 +1,14 @@
 """Fixtures that every room may use."""
 
+import os
 from pathlib import Path
+
+# Before torch starts its threads: several workers and ranks share the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 
-from lut_ds.data.digits import write_digits
+from lut_ds.data.digits import write_digits  # noqa: E402
 
 
 @pytest.fixture(scope="session")

@@ -26,7 +26,7 @@ def build_student(recipe: Recipe) -> MAE:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.run.seed)
         encoder = build_encoder(recipe)
-        decoder = Decoder(m.width, m.grid, m.decoder_width, m.decoder_depth, m.decoder_heads, m.patch_dim)
+        decoder = Decoder(m.width, m.grid, m.decoder_width, m.decoder_depth, m.decoder_heads, m.patch_dim, m.mlp_ratio)
         if recipe.train.activation_checkpointing:
             encoder.grad_checkpointing = decoder.grad_checkpointing = True
         if method.name == "mae":

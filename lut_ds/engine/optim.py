@@ -33,7 +33,7 @@ class GuardedAdamW(torch.optim.AdamW):
     """Fused AdamW that leaves weights, moments and its step count alone where `found_inf` is 1.
 
     The fused update reads the flag on the device, so a bad step costs no host synchronisation. Whoever knows about the
-    gradients of all ranks sets `found_inf` (float32, one element) before `step`.
+    gradients of all ranks sets `found_inf` (float32, 0-dim) before `step`.
     """
 
     found_inf: Tensor

@@ -72,7 +72,10 @@ class Schedule:
         return lr_at(step / self._per_epoch, self.peak, self._optim.min_lr, self._optim.warmup_epochs, self._epochs)
 
     def ema_decay(self, step: int) -> float:
-        """EMA decay of a step (0-based)."""
+        """EMA decay of a step (0-based), read by optimizer step so that accumulation does not change it.
+
+        The reference reads the same cosine by micro-batch: at most one part in the number of steps further along.
+        """
         return ema_decay_at(step, self.total_steps, self._ema_base)
 
 

@@ -50,7 +50,7 @@ def forward_flops(shape: Shape) -> dict[str, float]:
         return 2 * s.patches * s.patch_dim * s.width + blocks_flops(1 + seen, s.width, s.depth, s.mlp_ratio)
 
     decoder = 2.0 * (1 + s.kept) * s.width * s.decoder_width + 2 * (1 + s.patches) * s.decoder_width * s.patch_dim
-    decoder += blocks_flops(1 + s.patches, s.decoder_width, s.decoder_depth, 4.0)
+    decoder += blocks_flops(1 + s.patches, s.decoder_width, s.decoder_depth, s.mlp_ratio)
     projector = head_flops(s.width, s.head_hidden, s.projector_depth)
     two_views = s.views == 2
     return {
