@@ -1,0 +1,134 @@
+"""The encoder as a timm checkpoint: model.safetensors with timm's names, and the config.json that timm's `local-dir:` reads."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from lut_ds.config import Model
+from lut_ds.errors import RunFault, UserError
+from lut_ds.method.lut import IMAGENET_MEAN, IMAGENET_STD
+from lut_ds.transfer.load import Kind, find_checkpoint, load_encoder
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+# timm's name: patch side, width, depth, heads. All have mlp_ratio 4 and 224 pixels.
+ARCHITECTURES = {
+    "vit_small_patch16_224": (16, 384, 12, 6),
+    "vit_base_patch16_224": (16, 768, 12, 12),
+    "vit_large_patch16_224": (16, 1024, 24, 16),
+    "vit_huge_patch14_224": (14, 1280, 32, 16),
+}
+# timm would pool the cls token, and normalise after pooling; the method pools normed patch tokens.
+POOLING = {"global_pool": "avg", "fc_norm": False}
+
+
+def timm_architecture(model: Model) -> tuple[str, dict[str, Any]]:
+    """timm's name for an encoder, and the constructor arguments in which it differs from that name's own."""
+    shape = (model.patch_size, model.width, model.depth, model.heads)
+    size = {} if model.image_size == 224 else {"img_size": model.image_size}
+    for name, known in ARCHITECTURES.items():
+        if shape == known and model.mlp_ratio == 4.0:
+            return name, size
+    keys = ("patch_size", "embed_dim", "depth", "num_heads")
+    return "vit_base_patch16_224", {**size, **dict(zip(keys, shape, strict=True)), "mlp_ratio": model.mlp_ratio}
+
+
+def timm_config(model: Model) -> dict[str, Any]:
+    """The config.json that makes `timm.create_model("local-dir:DIR", pretrained=True)` this encoder.
+
+    Its output without a head is the mean of the normed patch tokens, cls excluded.
+    """
+    architecture, model_args = timm_architecture(model)
+    return {
+        "architecture": architecture,
+        "num_classes": 0,
+        "num_features": model.width,
+        "model_args": {**model_args, **POOLING},
+        "pretrained_cfg": {
+            "num_classes": 0,
+            "input_size": [3, model.image_size, model.image_size],
+            "fixed_input_size": True,
+            "interpolation": "bicubic",
+            "crop_pct": 0.875,
+            "crop_mode": "center",
+            "mean": list(IMAGENET_MEAN),
+            "std": list(IMAGENET_STD),
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+        },
+    }
+
+
+def export_timm(source: str | Path, kind: Kind, output: str | Path) -> dict[str, Any]:
+    """Write the encoder of a run or checkpoint as a timm checkpoint.
+
+    `timm.create_model(architecture, checkpoint_path=DIR/model.safetensors, num_classes=0, **model_args)` loads it strictly.
+    With timm's default of 1000 classes the file, which has no head, is refused by name ("head.weight" missing): ask for
+    `num_classes=0`, or load through `local-dir:DIR`, where a head of any size is added fresh. Pixels are normalised with
+    ImageNet's mean and std (in config.json), which is not what timm's own ViTs of these names expect.
+
+    Args:
+        source: run folder or checkpoint folder.
+        kind: `student` or `ema`.
+        output: folder to write; new, empty, or an earlier export, which is replaced whole.
+
+    Returns:
+        `weights`, `config` (paths), `kind`, `step`, `architecture`, `model_args`, `load` (a line of Python).
+
+    Raises:
+        UserError: no valid checkpoint, no teacher in it, or a folder that holds something else.
+        RunFault: the folder cannot be written.
+    """
+    checkpoint = find_checkpoint(source)
+    folder = Path(output).absolute()
+    _check_output(folder)
+    encoder = load_encoder(checkpoint, kind)
+    architecture, model_args = timm_architecture(checkpoint.recipe.model)
+    origin = {"kind": kind, "step": checkpoint.step, "recipe": checkpoint.recipe.model_dump(mode="json")}
+    config = {**timm_config(checkpoint.recipe.model), "lut_ds": origin}
+    tensors = {name: tensor.contiguous() for name, tensor in encoder.state_dict().items()}
+
+    aside = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    try:
+        aside.mkdir(parents=True)
+        save_file(tensors, aside / WEIGHTS, {"format": "pt"})
+        (aside / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
+        _replace_folder(aside, folder)
+    except (OSError, SafetensorError) as error:
+        raise RunFault(f"export: {folder} not written: {error}; nothing there was changed") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    weights = folder / WEIGHTS
+    arguments = "".join(f", {key}={value!r}" for key, value in model_args.items())
+    return {
+        "weights": str(weights),
+        "config": str(folder / CONFIG),
+        "kind": kind,
+        "step": checkpoint.step,
+        "architecture": architecture,
+        "model_args": model_args,
+        "load": f"timm.create_model({architecture!r}, checkpoint_path={str(weights)!r}, num_classes=0{arguments})",
+    }
+
+
+def _check_output(folder: Path) -> None:
+    if folder.is_file():
+        raise UserError(f"output: {folder}: expected a folder, found a file; name another")
+    strangers = sorted({p.name for p in folder.iterdir()} - {WEIGHTS, CONFIG}) if folder.is_dir() else []
+    if strangers:
+        raise UserError(
+            f"output: {folder}: expected a new or empty folder, or an earlier export, found {strangers[0]} in it; name another"
+        )
+
+
+def _replace_folder(aside: Path, folder: Path) -> None:
+    """Put `aside` where `folder` is; a reader finds the old one, or the new one, or for an instant none, never a mixture."""
+    retired = folder.with_name(f"{aside.name}.old")
+    if folder.exists():
+        os.replace(folder, retired)
+    os.replace(aside, folder)
+    shutil.rmtree(retired, ignore_errors=True)
