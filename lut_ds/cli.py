@@ -6,6 +6,7 @@ checkpoint saved.
 """
 
 import argparse
+import errno
 import json
 import os
 import sys
@@ -127,6 +128,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return BAD_INPUT
     except RunFault as error:
         print(f"lut-ds: {error}", file=sys.stderr)
+        return FAULT
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"lut-ds: disk full: {error}; the last good checkpoint is intact, free space and run again", file=sys.stderr)
         return FAULT
     except KeyboardInterrupt:
         print("lut-ds: interrupted", file=sys.stderr)

@@ -8,7 +8,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 
-from lut_ds.data.digits import write_digits  # noqa: E402
+from lut_ds.data.digits import write_digits
 
 
 @pytest.fixture(scope="session")
