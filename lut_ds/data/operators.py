@@ -57,7 +57,7 @@ def resize_image(image: Image, size: NDArray[np.float32]) -> Image:
     to_height, to_width = int(size[0]), int(size[1])
     if (to_height, to_width) == image.shape[:2]:
         return image
-    if not _torch_matches_pillow(*image.shape[:2], to_height, to_width):
+    if not _torch_matches_pillow(image.shape[0], image.shape[1], to_height, to_width):
         resized = PIL.Image.fromarray(image).resize((to_width, to_height), PIL.Image.Resampling.BICUBIC)
         return np.asarray(resized)
     pixels = torch.from_numpy(image).permute(2, 0, 1)[None]

@@ -20,8 +20,9 @@ from lut_ds.errors import RunFault
 Job = tuple[int, NDArray[np.int64]]  # epoch and samples of one batch
 Draw = Callable[[int, NDArray[np.int64], NDArray[np.int32]], list[ViewParams]]  # epoch, samples, sizes -> one a view
 
-_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF")  # what the pipeline decodes; MPO is a JPEG with more behind it
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")  # what the pipeline decodes
 _READ_CHUNK = 16  # files a task: enough to hide the cost of a task, few enough to spread a batch over the readers
+_LONGEST = 1024  # times the shorter side: a longer image would be gigabytes once its shorter side is resized
 _TIFF_WIDTH, _TIFF_HEIGHT = 256, 257
 
 
@@ -170,14 +171,18 @@ def image_hw(data: bytes, name: str) -> tuple[int, int]:
         raise RunFault(f"data: {name}: expected an image, found an empty file")
     try:
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+            height, width = image.height, image.width
             if image.format == "TIFF":  # Pillow reports the size after its orientation tag, which nothing here applies
                 tags: Any = image.tag_v2  # type: ignore[attr-defined]
-                return int(tags[_TIFF_HEIGHT]), int(tags[_TIFF_WIDTH])
-            return image.height, image.width
+                height, width = int(tags[_TIFF_HEIGHT]), int(tags[_TIFF_WIDTH])
     except Image.DecompressionBombError as error:
         raise RunFault(f"data: {name}: {error}") from error
-    except (OSError, SyntaxError, ValueError, KeyError) as error:
-        raise RunFault(f"data: {name}: expected one of {', '.join(_FORMATS)}, found none of them") from error
+    except (OSError, SyntaxError, ValueError, KeyError) as error:  # KeyError: a TIFF without its size
+        found = f"expected one of {', '.join(_FORMATS)}, found something that starts with {data[:8]!r}"
+        raise RunFault(f"data: {name}: {found}") from error
+    if max(height, width) > _LONGEST * min(height, width):
+        raise RunFault(f"data: {name}: expected sides of at most 1 to {_LONGEST}, found {width}x{height}")
+    return height, width
 
 
 def _reason(data: bytes) -> str:
