@@ -1,0 +1,217 @@
+"""Everything around the steps: metrics, progress, trackers, checkpoints, speed; and how a run ended."""
+
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lut_ds.config import Recipe
+from lut_ds.engine import state
+from lut_ds.engine.build import flops_shape
+from lut_ds.engine.checkpoint import CheckpointStore
+from lut_ds.engine.launch import Ranks
+from lut_ds.engine.runfolder import tracker_id
+from lut_ds.engine.step import Trainer
+from lut_ds.errors import RunFault
+from lut_ds.method.flops import step_flops
+from lut_ds.tracking import MetricsLog, Progress, WandbMirror
+
+# Dense bf16 peak of devices, FLOP/s; MFU is shown only where it is known.
+PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended.
+
+    Attributes:
+        folder: the run folder.
+        step, steps: optimizer steps done and asked for.
+        resumed_from: step of the checkpoint it continued, or None.
+        stopped_by: what ended it early (a signal, here or on another rank), or None.
+        loss: of the last step recorded in this process.
+        images_per_second: over this process's steps, all ranks together.
+    """
+
+    folder: str
+    step: int
+    steps: int
+    resumed_from: int | None
+    stopped_by: str | None
+    loss: float | None
+    images_per_second: float | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """For `--json`."""
+        return asdict(self)
+
+
+class StepRecorder:
+    """Keeps each step's metrics on the device and fetches them together, so that no step waits for the host."""
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        self._names = (*names, "grad_norm", "applied")
+        self._pending: list[tuple[dict[str, Any], Tensor]] = []
+
+    def add(self, record: dict[str, Any], metrics: Tensor) -> None:
+        """Remember a step; `metrics` is what `Trainer.update` returned."""
+        self._pending.append((record, metrics))
+
+    def fetch(self) -> tuple[list[dict[str, Any]], bool]:
+        """All remembered records with their values, and whether any rank wanted to stop."""
+        if not self._pending:
+            return [], False
+        values = torch.stack([metrics for _, metrics in self._pending]).tolist()
+        records = [
+            {**record, **dict(zip(self._names, row, strict=False))}
+            for (record, _), row in zip(self._pending, values, strict=True)
+        ]
+        self._pending.clear()
+        return records, any(row[-1] > 0 for row in values)
+
+
+class Watch:
+    """What a run shows and keeps while `train.pretrain` loops over its steps."""
+
+    def __init__(
+        self, recipe: Recipe, ranks: Ranks, folder: Path, trainer: Trainer, steps_per_epoch: int, stop_step: int
+    ) -> None:
+        self._recipe, self._ranks, self._folder = recipe, ranks, folder
+        self._per_epoch, self._stop_step = steps_per_epoch, stop_step
+        self._recorder = StepRecorder(trainer.metric_names)
+        keep = recipe.run.keep_every_epochs
+        self._store = CheckpointStore(
+            folder / "checkpoints",
+            ranks.rank,
+            ranks.world_size,
+            recipe.run.keep_last,
+            keep * steps_per_epoch if keep else None,
+            self._say,
+        )
+        self._log: MetricsLog | None = None
+        self._progress: Progress | None = None
+        self._wandb: WandbMirror | None = None
+        self._resumed_from: int | None = None
+        self._last_loss: float | None = None
+        self._bad_steps = 0
+        self._data_seconds = 0.0
+
+    def resume(self, trainer: Trainer) -> int:
+        """Load the newest valid checkpoint if there is one; returns the step to start from."""
+        path = self._store.newest_valid()
+        start = 0
+        if path is not None:
+            state.restore(trainer, path, self._ranks.rank)
+            start = self._resumed_from = int(state.read_state(path)["step"])
+        if self._ranks.main:
+            self._open(start)
+            if path is not None:
+                self._say(f"continuing {self._folder} from {path.name}")
+        self._started = self._flushed = time.monotonic()
+        self._first = self._flushed_step = start
+        return start
+
+    def _open(self, start: int) -> None:
+        recipe, ranks = self._recipe, self._ranks
+        self._log = MetricsLog(self._folder / "metrics.jsonl", start)
+        flops = step_flops(flops_shape(recipe))["total"]
+        self._progress = Progress(self._stop_step, start, recipe.train.global_batch, flops, peak_flops(ranks))
+        if recipe.run.wandb != "off":
+            config = recipe.model_dump(mode="json")
+            run_id = tracker_id(self._folder)
+            self._wandb = WandbMirror(
+                recipe.run.wandb, recipe.run.wandb_project, run_id, self._folder.name, self._folder, config
+            )
+
+    def timed(self, batches: Iterable[Any]) -> Iterable[Any]:
+        """The same batches; the time spent waiting for them is counted."""
+        iterator = iter(batches)
+        while True:
+            before = time.monotonic()
+            batch = next(iterator, None)
+            self._data_seconds += time.monotonic() - before
+            if batch is None:
+                return
+            yield batch
+
+    def record(self, step: int, metrics: Tensor, lr: float, ema_decay: float) -> None:
+        """Remember what a step measured."""
+        self._recorder.add({"step": step, "epoch": step / self._per_epoch, "lr": lr, "ema_decay": ema_decay}, metrics)
+
+    def flush(self) -> bool:
+        """Write the remembered steps; True when any rank was asked to stop.
+
+        Raises:
+            RunFault: ten steps in a row had a non-finite loss or gradient.
+        """
+        records, stop = self._recorder.fetch()
+        now = time.monotonic()
+        step, seconds = records[-1]["step"], now - self._flushed
+        records[-1]["images_per_s"] = (step - self._flushed_step) * self._recipe.train.global_batch / seconds
+        records[-1]["data_wait"] = self._data_seconds / seconds
+        self._last_loss = records[-1]["loss"]
+        if self._ranks.main:
+            self._publish(records)
+        self._data_seconds, self._flushed, self._flushed_step = 0.0, now, step
+        for record in records:
+            self._bad_steps = 0 if record["applied"] else self._bad_steps + 1
+        if self._bad_steps >= 10:
+            raise RunFault(
+                f"step {step}: {self._bad_steps} steps in a row had a non-finite loss or gradient; "
+                "lower optim.blr, or remove the newest checkpoints to go back further"
+            )
+        return stop
+
+    def _publish(self, records: list[dict[str, Any]]) -> None:
+        assert self._log is not None
+        assert self._progress is not None
+        self._log.write(records)
+        last = records[-1]
+        names: tuple[str, ...] = ("loss", "mae", "bc", "lr")
+        shown: dict[str, float] = {name: last[name] for name in names if name in last}
+        self._progress.update(len(records), last["images_per_s"], {**shown, "data wait": last["data_wait"]})
+        if self._wandb is not None:
+            for record in records:
+                self._wandb.log(record)
+
+    def save(self, step: int, trainer: Trainer) -> None:
+        """Write a checkpoint of `step`."""
+        own, metadata, shared = state.collect(trainer, self._ranks.rank)
+        content = {
+            "epoch": step / self._per_epoch,
+            "seed": self._recipe.run.seed,
+            "recipe": self._recipe.model_dump(mode="json"),
+        }
+        self._store.save(step, own, metadata, shared, content)
+        self._flushed = time.monotonic() if self._flushed_step == step else self._flushed
+
+    def outcome(self, step: int, stopped_by: str | None) -> Outcome:
+        """How the run ended."""
+        seconds, steps = time.monotonic() - self._started, step - self._first
+        speed = steps * self._recipe.train.global_batch / seconds if steps else None
+        return Outcome(str(self._folder), step, self._stop_step, self._resumed_from, stopped_by, self._last_loss, speed)
+
+    def close(self) -> None:
+        """Close files and trackers; safe to call twice."""
+        for part in (self._progress, self._wandb, self._log):
+            if part is not None:
+                part.close()
+        self._progress = self._wandb = self._log = None
+
+    def _say(self, text: str) -> None:
+        if self._ranks.main and self._progress is not None:
+            self._progress.say(text)
+        elif self._ranks.main:
+            print(text, flush=True)
+
+
+def peak_flops(ranks: Ranks) -> float | None:
+    """bf16 dense peak of all ranks' devices together, FLOP/s, where it is known."""
+    if ranks.device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(ranks.device)
+    return next((peak * ranks.world_size for device, peak in PEAK_FLOPS.items() if device in name), None)
