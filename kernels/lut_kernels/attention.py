@@ -101,6 +101,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.T
     qkv, num_heads, save = inputs
     if not save:
         raise ValueError("save: expected True where qkv requires a gradient, found False")
+    ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(qkv, *output)
     ctx.num_heads = num_heads
 

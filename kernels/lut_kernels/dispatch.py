@@ -21,12 +21,18 @@ TABLE_PATH = Path(__file__).with_name("table.json")
 
 _environment = os.environ.get("LUT_KERNELS", "auto")
 _forced: str | None = None
+_forced_tiles: dict[str, dict[str, int]] = {}
 
 
 def _valid(mode: str, where: str) -> str:
     if mode not in MODES:
         raise ValueError(f"{where}: expected one of {', '.join(MODES)}, found {mode!r}")
     return mode
+
+
+def current_mode() -> str:
+    """The mode in force: the innermost `kernels_mode`, else the environment variable LUT_KERNELS, else auto."""
+    return _forced or _environment
 
 
 @contextmanager
@@ -38,6 +44,17 @@ def kernels_mode(mode: str) -> Iterator[None]:
         yield
     finally:
         _forced = before
+
+
+@contextmanager
+def forced_tiles(tiles: dict[str, dict[str, int]]) -> Iterator[None]:
+    """Inside, these kernels take these tiles instead of the table's: for tuning and for the resource table."""
+    global _forced_tiles
+    before, _forced_tiles = _forced_tiles, tiles
+    try:
+        yield
+    finally:
+        _forced_tiles = before
 
 
 @cache
@@ -110,7 +127,7 @@ def choice(op: str, device: torch.device | str, dtype: torch.dtype, *shape: int,
         raise ValueError(f"op: expected one of {', '.join(OPS)}, found {op!r}")
     device = torch.device(device) if isinstance(device, str) else device
     tokens, head_dim = shape if shape else (0, 0)
-    return _constant(op, device, dtype, tokens, head_dim, training, _forced or _environment)
+    return _constant(op, device, dtype, tokens, head_dim, training, current_mode())
 
 
 @lru_cache(maxsize=4096)
@@ -122,9 +139,9 @@ def _tile(kernel: str, arch: str, dtype: str, tokens: int, head_dim: int) -> dic
 
 
 def tile(kernel: str, device: torch.device, dtype: torch.dtype, tokens: int = 0, head_dim: int = 0) -> dict[str, int]:
-    """Tile sizes, warps and pipeline stages of a kernel, from the table (or from the recording in force)."""
+    """Tile sizes, warps and pipeline stages of a kernel, from the table."""
+    if kernel in _forced_tiles:
+        return _forced_tiles[kernel]
     noted = recording()
-    if noted is not None and kernel in noted.tiles:
-        return noted.tiles[kernel]
     arch = architecture(device) if noted is None else noted.architecture
     return _tile(kernel, arch, str(dtype).removeprefix("torch."), tokens, head_dim)

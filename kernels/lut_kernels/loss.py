@@ -213,6 +213,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.T
     pred, with_grad = inputs[0], inputs[7]
     if not with_grad:
         raise ValueError("with_grad: expected True where pred requires a gradient, found False")
+    ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(output[1])
     ctx.factor = 2.0 / max(pred.numel(), 1) / _stored_scale(pred)
 

@@ -24,6 +24,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from lut_kernels.dispatch import forced_tiles
 from lut_kernels.runtime import INTERPRETED, Launch, record_launches
 from lut_kernels.tuning import SPACE, cases
 
@@ -104,7 +105,7 @@ def _compile_case(job: tuple[int, int, dict[str, int] | None]) -> tuple[str, Rep
     """(name, report) of one case on one architecture, with the table's tile or the one given."""
     arch, index, tile = job
     case = cases()[index]
-    with record_launches(f"sm_{arch}", {case.tile: tile} if tile else None) as noted:
+    with record_launches(f"sm_{arch}") as noted, forced_tiles({case.tile: tile} if tile else {}):
         case.run("meta")
     launch = next(one for one in noted.launches if one.kernel.__name__ == case.kernel)
     return f"sm_{arch} {case.name}" + (f" {json.dumps(tile)}" if tile else ""), compile_launch(launch, arch)

@@ -31,10 +31,9 @@ class Launch:
 
 @dataclass
 class Recording:
-    """Launches noted instead of run, as on this architecture and, where given, with these tiles by kernel name."""
+    """Launches noted instead of run, as on this architecture."""
 
     architecture: str
-    tiles: dict[str, dict[str, int]] = field(default_factory=dict)
     launches: list[Launch] = field(default_factory=list)
 
 
@@ -42,10 +41,10 @@ _recording: Recording | None = None
 
 
 @contextmanager
-def record_launches(architecture: str, tiles: dict[str, dict[str, int]] | None = None) -> Iterator[Recording]:
+def record_launches(architecture: str) -> Iterator[Recording]:
     """Inside, launchers given tensors on the `meta` device note their launches for `resources` and run nothing."""
     global _recording
-    _recording = Recording(architecture, tiles or {})
+    _recording = Recording(architecture)
     try:
         yield _recording
     finally:

@@ -7,6 +7,7 @@ import lut_kernels
 import pytest
 import torch
 from lut_kernels import attention, embed_tokens, gather_patches, reconstruction_loss, unshuffle_tokens
+from lut_kernels.attention import library_attention
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -82,6 +83,7 @@ def test_loss_operator_gradient_equals_the_reference(norm_pix: bool, upstream: f
     reference = reconstruction_loss(pred, pixels, ids, 4, norm_pix=norm_pix)
     torch.testing.assert_close(loss, reference)
     (gradient,) = torch.autograd.grad(loss * upstream, pred)
+    assert not gradient.requires_grad  # it would keep the whole graph alive
     torch.testing.assert_close(gradient, torch.autograd.grad(reference * upstream, pred)[0])
 
 
@@ -153,6 +155,20 @@ def test_compile_without_a_graph_break(function: Callable[..., Tensor], backend:
     arguments = step_arguments()
     compiled = torch.compile(function, fullgraph=True, backend=backend)
     assert_same(value_and_gradients(compiled, *arguments), value_and_gradients(step, *arguments))
+
+
+@pytest.mark.parametrize("use", ["sdpa", "plain", "cudnn", "flash", "efficient"])
+def test_library_sides_of_attention_agree_and_compile(use: str) -> None:
+    torch._dynamo.reset()
+    qkv = randn(2, 9, 48).requires_grad_()
+    upstream = randn(2, 9, 16, seed=1)
+    compiled = torch.compile(library_attention, fullgraph=True, backend="aot_eager")
+    for side in (library_attention, compiled):
+        out = side(qkv, 2, use)
+        expected = attention(qkv, 2)
+        torch.testing.assert_close(out, expected)
+        gradients = [torch.autograd.grad(value, qkv, upstream)[0] for value in (out, expected)]
+        torch.testing.assert_close(*gradients)
 
 
 def test_compiled_code_follows_the_mode() -> None:

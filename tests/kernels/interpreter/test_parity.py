@@ -21,7 +21,7 @@ from torch import Tensor
 from tests.kernels.samples import MEAN, STD, normalised_chw, plain_attention, randn, random_ids, random_pixels
 
 FEW = settings(max_examples=12, deadline=None, derandomize=True)
-MANY = settings(max_examples=60, deadline=None, derandomize=True)
+MANY = settings(max_examples=30, deadline=None, derandomize=True)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # units in the last place of the output's dtype, as a relative tolerance
 ULP = {torch.float32: 2.0**-23, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7, torch.float64: 2.0**-52}
@@ -51,8 +51,9 @@ def compare(function: Callable[..., Tensor], leaves: list[Tensor], upstream: Ten
     expected = run(function, [value.double() for value in leaves], "torch", wide)
     for one, again, other in zip(found, run(function, leaves, "triton", upstream), expected, strict=True):
         assert torch.equal(one, again)
-        scale = float(other.abs().max()) if other.numel() else 1.0
-        torch.testing.assert_close(one.double(), other.double(), atol=ulps * ULP[one.dtype] * max(scale, 1e-30), rtol=0)
+        # inputs are of order one: a sum of them may cancel, and keeps the rounding of its terms
+        scale = max(float(other.abs().max()), 1.0) if other.numel() else 1.0
+        torch.testing.assert_close(one.double(), other.double(), atol=ulps * ULP[one.dtype] * scale, rtol=0)
 
 
 def check_gather(batch: int, patch: int, grid: int, kept: int, dtype: torch.dtype, layout: str, seed: int) -> None:
@@ -309,7 +310,7 @@ def test_tokens_grid(**shape: Any) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=10, deadline=None, derandomize=True)
 @given(
     batch=st.integers(1, 2),
     tokens=st.integers(1, 130),

@@ -1,0 +1,115 @@
+"""From measured times to dispatch rules: the fastest side wins, a tie goes to the library."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+Rule = dict[str, Any]
+
+
+def fastest_library(times: dict[str, float]) -> str:
+    """The quickest side that is not Triton."""
+    return min((side for side in times if side != "triton"), key=lambda side: times[side])
+
+
+def _because(times: dict[str, float], source: str) -> str:
+    ordered = sorted(times, key=lambda side: times[side])
+    return "measured: " + ", ".join(f"{side} {times[side]:.1f} us" for side in ordered) + f" ({source})"
+
+
+def attention_rules(measured: list[dict[str, Any]], source: str) -> list[Rule]:
+    """Rules by dtype, head dim, training and length. A rule speaks for lengths above the next shorter one measured."""
+    groups: dict[tuple[str, int, bool, int], dict[str, float]] = {}
+    for entry in measured:
+        if entry["op"] != "attention":
+            continue
+        key = (entry["dtype"], entry["head_dim"], entry["training"], entry["tokens"])
+        # several batch sizes: each side counts with its worst loss against the best, so that it is never much slower
+        best = min(entry["times_us"].values())
+        sides = groups.setdefault(key, {})
+        for side, time in entry["times_us"].items():
+            sides[side] = max(sides.get(side, 0.0), time / best)
+    found: list[Rule] = []
+    for (dtype, head_dim, training, tokens), relative in sorted(groups.items()):
+        library = fastest_library(relative)
+        condition = {"dtypes": [dtype], "head_dims": [head_dim], "training": training, "up_to": tokens}
+        because = "measured, slowest batch relative to the best side: " + ", ".join(
+            f"{side} {relative[side]:.2f}" for side in sorted(relative, key=lambda side: relative[side])
+        )
+        if relative.get("triton", float("inf")) < relative[library]:
+            found.append({"use": "triton", **condition, "because": f"{because} ({source})"})
+        found.append({"use": library, **condition, "because": f"{because} ({source})"})
+    return found
+
+
+def simple_rules(op: str, measured: list[dict[str, Any]], source: str) -> list[Rule]:
+    """Triton where it is the faster side at every shape measured; else torch. One rule for all shapes, then the other."""
+    entries = [entry for entry in measured if entry["op"] == op]
+    losses = [entry for entry in entries if entry["times_us"]["triton"] >= entry["times_us"]["torch"]]
+    if not entries:
+        return []
+    if losses:
+        worst = max(losses, key=lambda entry: entry["times_us"]["triton"] / entry["times_us"]["torch"])
+        return [{"use": "torch", "because": f"{worst['name']}: {_because(worst['times_us'], source)}"}]
+    closest = max(entries, key=lambda entry: entry["times_us"]["triton"] / entry["times_us"]["torch"])
+    because = f"faster at {len(entries)} of {len(entries)} shapes, closest {closest['name']}: "
+    return [
+        {"use": "triton", "because": because + _because(closest["times_us"], source)},
+        {"use": "torch", "because": "the other side"},
+    ]
+
+
+def tile_rules(tuned: list[dict[str, Any]]) -> dict[str, list[Rule]]:
+    """Best tile by kernel; by head dim and length for attention. `tuned`: kernel, tile, time_us, tokens, head_dim."""
+    best: dict[tuple[str, int, int], dict[str, Any]] = {}
+    for entry in tuned:
+        key = (entry["kernel"], entry["head_dim"], entry["tokens"])
+        if key not in best or entry["time_us"] < best[key]["time_us"]:
+            best[key] = entry
+    found: dict[str, list[Rule]] = {}
+    for (kernel, head_dim, tokens), entry in sorted(best.items()):
+        condition = {"head_dims": [head_dim], "up_to": tokens} if tokens else {}
+        found.setdefault(kernel, []).append({**condition, "tile": entry["tile"]})
+    return found
+
+
+def updated(
+    table: dict[str, Any], arch: str, measured: list[dict[str, Any]], tuned: list[dict[str, Any]], source: str
+) -> dict[str, Any]:
+    """The table with this architecture's measured rules in front of what spoke for it before."""
+    new: dict[str, Any] = json.loads(json.dumps(table))
+    default = new["choices"]["default"]
+    choices = new["choices"].setdefault(arch, {})
+    for op in default:
+        before = [rule for rule in choices.get(op, default[op]) if not rule["because"].startswith("measured")]
+        if op == "attention":
+            choices[op] = attention_rules(measured, source) + before
+        else:
+            choices[op] = simple_rules(op, measured, source) or before
+    tiles = new["tiles"].setdefault(arch, {})
+    for kernel, rules in tile_rules(tuned).items():
+        # shapes nobody measured keep the default tiles
+        tiles[kernel] = rules + (new["tiles"]["default"][kernel] if "head_dims" in rules[0] else [])
+    return new
+
+
+def write(table: dict[str, Any], path: Path) -> None:
+    """One rule a line, so that a new measurement is a readable diff."""
+    lines = ["{"]
+    for section, by_arch in table.items():
+        lines.append(f"  {json.dumps(section)}: {{")
+        for arch, by_op in by_arch.items():
+            lines.append(f"    {json.dumps(arch)}: {{")
+            for op, rules in by_op.items():
+                lines.append(f"      {json.dumps(op)}: [")
+                lines += [f"        {json.dumps(rule)}," for rule in rules]
+                lines[-1] = lines[-1].removesuffix(",")
+                lines.append("      ],")
+            lines[-1] = lines[-1].removesuffix(",")
+            lines.append("    },")
+        lines[-1] = lines[-1].removesuffix(",")
+        lines.append("  },")
+    lines[-1] = lines[-1].removesuffix(",")
+    path.write_text("\n".join([*lines, "}"]) + "\n")
