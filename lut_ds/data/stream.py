@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakMethod
 
 import numpy as np
 import torch
@@ -57,11 +58,12 @@ class ViewStream:
     ) -> None:
         self._source, self._views, self._plan, self._draw = source, views, plan, draw
         self._prefetch = prefetch
+        next_inputs = WeakMethod(self._next_inputs)  # DALI keeps its source in a circle that Python cannot collect
         self._workers = ThreadPoolExecutor(threads, thread_name_prefix="lut-ds-resize")
         self._pipe: Any = build_pipeline(
             views,
             image_size,
-            self._next_inputs,
+            lambda: next_inputs()(),  # type: ignore[misc]  # the stream outlives its pipeline
             batch_size=batch_size,
             threads=threads,
             device_id=_device_id(device),
