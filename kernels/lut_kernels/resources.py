@@ -101,7 +101,7 @@ def _vectorised(ptx: str, access: str) -> float:
     return round(sum(size for size in sizes if size == 16) / max(sum(sizes), 1), 2)
 
 
-def _compile_case(job: tuple[int, int, dict[str, int] | None]) -> tuple[str, Report]:
+def compile_case(job: tuple[int, int, dict[str, int] | None]) -> tuple[str, Report]:
     """(name, report) of one case on one architecture, with the table's tile or the one given."""
     arch, index, tile = job
     case = cases()[index]
@@ -119,7 +119,7 @@ def measure(archs: Iterable[int], space: bool, jobs: int) -> dict[str, Report]:
             tiles = SPACE.get(case.tile, []) if space else [None]
             work += [(arch, index, tile) for tile in tiles]
     with ProcessPoolExecutor(jobs) as pool:
-        return dict(sorted(pool.map(_compile_case, work), key=lambda pair: pair[0]))
+        return dict(sorted(pool.map(compile_case, work), key=lambda pair: pair[0]))
 
 
 def faults(name: str, report: Report) -> list[str]:

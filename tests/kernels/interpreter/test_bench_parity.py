@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from lut_kernels import resources
 from lut_kernels.bench_parity import check_work
 from lut_kernels.bench_work import Inputs, attention_work, embed_work, gather_work, loss_work, unshuffle_work
 from lut_kernels.dispatch import current_mode
@@ -49,3 +50,8 @@ def test_a_value_that_is_never_written_fails() -> None:
         return out
 
     assert not check_work(dataclasses.replace(work, call=unwritten), "cpu", torch.float32)["passed"]
+
+
+def test_resources_refuses_an_interpreting_process(capsys: pytest.CaptureFixture[str]) -> None:
+    assert resources.main(["--check"]) == 2
+    assert "unset it" in capsys.readouterr().err
