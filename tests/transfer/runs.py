@@ -10,6 +10,7 @@ import pytest
 from filelock import FileLock
 
 TINY = (
+    "model.image_size=32",
     "model.width=32",
     "model.depth=2",
     "model.heads=2",
