@@ -32,7 +32,7 @@ def test_a_cpu_never_gets_triton(op: str) -> None:
 def test_cpu_attention_by_dtype_and_length() -> None:
     assert choice("attention", CPU, torch.bfloat16, 197, 64) == "plain"
     assert choice("attention", CPU, torch.float32, 197, 64) == "sdpa"
-    assert choice("attention", CPU, torch.float32, 50, 64, training=True) == "plain"
+    assert choice("attention", CPU, torch.bfloat16, 1025, 64) == "sdpa"
     assert choice("attention", CPU, torch.float32, 50, 64, training=False) == "sdpa"
 
 

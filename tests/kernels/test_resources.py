@@ -42,7 +42,7 @@ VECTORISED = {
 def test_wide_accesses_where_the_layout_allows(name: str) -> None:
     for arch in ARCHITECTURES:
         report = COMMITTED[f"sm_{arch} {name}"]
-        assert (report["load16"], report["store16"]) >= VECTORISED[name], report
+        assert report["load16"] >= VECTORISED[name][0]
         assert report["store16"] >= VECTORISED[name][1]
 
 
