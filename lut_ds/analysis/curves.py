@@ -22,9 +22,7 @@ TITLES = {
     "feature_spread": "Spread of the student's pooled features",
     "lr": "Learning rate",
     "grad_norm": "Gradient norm before clipping",
-    "ema_decay": "EMA decay",
 }
-_EXACT = ("lr", "ema_decay")  # functions of the step, nothing to average
 _BINS = 240
 
 
@@ -46,7 +44,7 @@ def curve_keys(records: Records) -> list[str]:
     """What is worth a panel: the metrics that the run recorded, without those that repeat the total loss."""
     present = [key for key in TITLES if any(key in record for record in records)]
     repeats = "bc" not in present and "loss" in present
-    return [key for key in present if not (key == "mae" and repeats) and key != "ema_decay"]
+    return [key for key in present if not (key == "mae" and repeats)]
 
 
 def binned(
@@ -93,7 +91,7 @@ def draw_curves(records: Records) -> Draw:
 
 def _draw_metric(axis: Axes, records: Records, key: str, theme: Theme) -> None:
     epoch, mean, low, high = binned(records, key)
-    if key not in _EXACT:
+    if key != "lr":
         axis.fill_between(epoch, low, high, color=theme.student, alpha=0.22, linewidth=0)
     axis.plot(epoch, mean, color=theme.student)
     skipped = [record["epoch"] for record in records if record.get("applied") == 0]
