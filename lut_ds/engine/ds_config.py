@@ -115,6 +115,9 @@ def resolve_ds_config(config: dict[str, Any], recipe: Recipe, micro_batch: int, 
     if recipe.precision.compute == "bf16":
         # The finite check is ours and stays on the device; DeepSpeed's would wait for the device in every step.
         resolved["bf16"] = {"enabled": True, "check_grad_overflow": False}
+        if zero_stage(config) >= 2:
+            # Stage 1 would silently become another optimizer with this, so it accumulates micro-batches in bf16.
+            resolved["data_types"] = {"grad_accum_dtype": "fp32"}
     return resolved
 
 
