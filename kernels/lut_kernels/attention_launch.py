@@ -47,11 +47,11 @@ def launch_forward(qkv: torch.Tensor, num_heads: int, save: bool) -> tuple[torch
     row_blocks = triton.cdiv(tokens, config["rows"])
     launch(
         forward_kernel, batch * (num_heads // heads) * row_blocks, qkv,
-            qkv, out, lse, tokens, num_heads, num_heads // heads, row_blocks, head_dim**-0.5 * math.log2(math.e),
-            D=head_dim, D0=first, D1=rest, ROWS=config["rows"], STEP=config["step"], HEADS=heads, SAVE=save,
-            ACC=accumulator(qkv.dtype), PRECISION=_precision(qkv.dtype),
-            num_warps=config["warps"], num_stages=config["stages"],
-        )  # fmt: skip
+        qkv, out, lse, tokens, num_heads, num_heads // heads, row_blocks, head_dim**-0.5 * math.log2(math.e),
+        D=head_dim, D0=first, D1=rest, ROWS=config["rows"], STEP=config["step"], HEADS=heads, SAVE=save,
+        ACC=accumulator(qkv.dtype), PRECISION=_precision(qkv.dtype),
+        num_warps=config["warps"], num_stages=config["stages"],
+    )  # fmt: skip
     return out, lse
 
 

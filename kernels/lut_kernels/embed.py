@@ -75,11 +75,11 @@ def launch_embed(
         return out
     launch(
         embed_kernel, batch * row_blocks, x,
-            x, cls_token.contiguous(), pos_embed.contiguous(), x if ids is None else ids.contiguous(), out,
-            kept, pos_embed.shape[1], row_blocks,
-            WIDTH=width, HAS_IDS=ids is not None, ROWS=rows, BLOCK=block,
-            ACC=accumulator(x.dtype), num_warps=config["warps"],
-        )  # fmt: skip
+        x, cls_token.contiguous(), pos_embed.contiguous(), x if ids is None else ids.contiguous(), out,
+        kept, pos_embed.shape[1], row_blocks,
+        WIDTH=width, HAS_IDS=ids is not None, ROWS=rows, BLOCK=block,
+        ACC=accumulator(x.dtype), num_warps=config["warps"],
+    )  # fmt: skip
     return out
 
 

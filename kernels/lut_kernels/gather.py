@@ -68,17 +68,19 @@ def launch_gather(
     kept = grid * grid if ids is None else ids.shape[1]
     out = pixels.new_empty((batch, kept, 3 * patch_size**2), dtype=dtype)
     config = tile("gather_patches", pixels.device, dtype)
-    row_blocks = triton.cdiv(kept, config["rows"])
+    block = triton.next_power_of_2(out.shape[2])
+    rows = max(1, config["elements"] // block)
+    row_blocks = triton.cdiv(kept, rows)
     if out.numel() == 0:
         return out
     launch(
         gather_kernel, batch * row_blocks, pixels,
-            pixels, pixels if ids is None else ids.contiguous(), out, pixels.stride(0), kept, row_blocks,
-            *scale, *shift,
-            SIDE=grid * patch_size, PATCH=patch_size, HAS_IDS=ids is not None, HWC=pixels.dtype == torch.uint8,
-            ROWS=config["rows"], BLOCK=triton.next_power_of_2(out.shape[2]),
-            ACC=accumulator(torch.promote_types(pixels.dtype, dtype)), num_warps=config["warps"],
-        )  # fmt: skip
+        pixels, pixels if ids is None else ids.contiguous(), out, pixels.stride(0), kept, row_blocks,
+        *scale, *shift,
+        SIDE=grid * patch_size, PATCH=patch_size, HAS_IDS=ids is not None, HWC=pixels.dtype == torch.uint8,
+        ROWS=rows, BLOCK=block,
+        ACC=accumulator(torch.promote_types(pixels.dtype, dtype)), num_warps=config["warps"],
+    )  # fmt: skip
     return out
 
 

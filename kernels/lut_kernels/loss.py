@@ -104,16 +104,18 @@ def launch_loss(
     row_loss = pred.new_empty((batch, masked), dtype=wide)
     grad = torch.empty_like(pred) if with_grad else pred.new_empty(0)
     config = tile("reconstruction_loss", pred.device, pred.dtype)
-    row_blocks = triton.cdiv(masked, config["rows"])
+    block = triton.next_power_of_2(pred.shape[2])
+    rows = max(1, config["elements"] // block)
+    row_blocks = triton.cdiv(masked, rows)
     if pred.numel() > 0:
         launch(
             loss_kernel, batch * row_blocks, pred,
-                pred, pixels, ids.contiguous(), row_loss, grad, pixels.stride(0), masked, row_blocks,
-                _stored_scale(pred), *scale, *shift,
-                SIDE=grid * patch_size, PATCH=patch_size, HWC=pixels.dtype == torch.uint8, NORM_PIX=norm_pix,
-                WITH_GRAD=with_grad, ROWS=config["rows"], BLOCK=triton.next_power_of_2(pred.shape[2]),
-                ACC=accumulator(torch.promote_types(pred.dtype, pixels.dtype)), num_warps=config["warps"],
-            )  # fmt: skip
+            pred, pixels, ids.contiguous(), row_loss, grad, pixels.stride(0), masked, row_blocks,
+            _stored_scale(pred), *scale, *shift,
+            SIDE=grid * patch_size, PATCH=patch_size, HWC=pixels.dtype == torch.uint8, NORM_PIX=norm_pix,
+            WITH_GRAD=with_grad, ROWS=rows, BLOCK=block,
+            ACC=accumulator(torch.promote_types(pred.dtype, pixels.dtype)), num_warps=config["warps"],
+        )  # fmt: skip
     return row_loss.mean().float(), grad
 
 

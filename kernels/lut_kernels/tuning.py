@@ -39,7 +39,9 @@ def _attention_space() -> dict[str, list[dict[str, int]]]:
 
 
 SPACE: dict[str, list[dict[str, int]]] = {
-    "gather_patches": [{"rows": rows, "warps": warps} for rows, warps in product((1, 2, 4, 8), (2, 4, 8))],
+    "gather_patches": [
+        {"elements": size, "warps": warps} for size, warps in product((1024, 2048, 4096, 8192), (2, 4, 8))
+    ],
     "embed_tokens": [{"elements": size, "warps": warps} for size, warps in product((1024, 2048, 4096, 8192), (4, 8))],
     "unshuffle_tokens": [
         {"elements": size, "warps": warps} for size, warps in product((1024, 2048, 4096, 8192), (4, 8))
@@ -47,7 +49,9 @@ SPACE: dict[str, list[dict[str, int]]] = {
     "unshuffle_tokens_backward": [
         {"rows": rows, "columns": columns, "warps": 4} for rows, columns in product((8, 16, 32), (64, 128, 256))
     ],
-    "reconstruction_loss": [{"rows": rows, "warps": warps} for rows, warps in product((1, 2, 4), (2, 4, 8))],
+    "reconstruction_loss": [
+        {"elements": size, "warps": warps} for size, warps in product((1024, 2048, 4096), (2, 4, 8))
+    ],
     **_attention_space(),
 }
 

@@ -110,11 +110,11 @@ def launch_unshuffle(
         return out
     launch(
         unshuffle_kernel, batch * row_blocks, x,
-            x.contiguous(), mask_token.contiguous(), pos_embed.contiguous(), ids_restore.contiguous(), out,
-            tokens - 1, patches, row_blocks,
-            WIDTH=width, ROWS=rows, BLOCK=block, ACC=accumulator(x.dtype),
-            num_warps=config["warps"],
-        )  # fmt: skip
+        x.contiguous(), mask_token.contiguous(), pos_embed.contiguous(), ids_restore.contiguous(), out,
+        tokens - 1, patches, row_blocks,
+        WIDTH=width, ROWS=rows, BLOCK=block, ACC=accumulator(x.dtype),
+        num_warps=config["warps"],
+    )  # fmt: skip
     return out
 
 
@@ -130,10 +130,10 @@ def launch_unshuffle_backward(
     if grad.numel() > 0:
         launch(
             unshuffle_backward_kernel, batch * triton.cdiv(width, block), grad,
-                grad.contiguous(), ids_restore.contiguous(), grad_x, partial,
-                tokens - 1, full - 1, triton.cdiv(width, block),
-                WIDTH=width, ROWS=config["rows"], BLOCK=block, ACC=accumulator(grad.dtype), num_warps=config["warps"],
-            )  # fmt: skip
+            grad.contiguous(), ids_restore.contiguous(), grad_x, partial,
+            tokens - 1, full - 1, triton.cdiv(width, block),
+            WIDTH=width, ROWS=config["rows"], BLOCK=block, ACC=accumulator(grad.dtype), num_warps=config["warps"],
+        )  # fmt: skip
     return grad_x, partial.sum(0, keepdim=True)
 
 
