@@ -13,7 +13,7 @@ DECAYS = [0.9 + 0.004 * step for step in range(STEPS)]
 
 
 def tiny_tree(**train: Any) -> dict[str, Any]:
-    """Recipe tree of a LUT of a few thousand parameters: 16 px, 16 tokens, batch 8."""
+    """Recipe tree of a LUT of a few thousand parameters: 16 px, 16 tokens, batch 16."""
     return {
         "model": {
             "image_size": 16,
@@ -28,7 +28,7 @@ def tiny_tree(**train: Any) -> dict[str, Any]:
         # GELU has no kink: with ReLU, rounding can open a unit on one side of a comparison and jump the gradient.
         "method": {"head_hidden": 24, "head_act": "gelu"},
         "optim": {"warmup_epochs": 1},
-        "train": {"epochs": 4, "global_batch": 8, "compile": False, **train},
+        "train": {"epochs": 4, "global_batch": 16, "compile": False, **train},
         "precision": {"compute": "fp32", "teacher": "fp32"},
     }
 
