@@ -23,7 +23,7 @@ import triton
 
 from lut_kernels.bench_parity import check_work
 from lut_kernels.bench_table import fastest_library, updated, write
-from lut_kernels.bench_time import Ceiling, ceiling, floor_us, time_sides, tune
+from lut_kernels.bench_time import Ceiling, ceiling, floor_us, time_sides, tune, tuned_work
 from lut_kernels.bench_work import parity_work, step_work, transfer_work
 from lut_kernels.dispatch import TABLE_PATH, architecture, choice, table
 from lut_kernels.runtime import INTERPRETED
@@ -142,7 +142,7 @@ def main(arguments: list[str] | None = None) -> int:
         **environment(device), "copy_tb_s": top.copy_tb_s, "matmul_tflop_s": top.matmul_tflop_s,
         "parity": parity, "memory_check": "skipped" if options.smoke else memory_check(),
     }  # fmt: skip
-    tuned = [] if options.smoke or options.no_tune else tune("cuda", options.images[0])
+    tuned = [] if options.smoke or options.no_tune else tune("cuda", tuned_work(options.images[0]))
     source = f"{report['device']}, torch {report['torch']}, {report['date']}"
     if tuned:  # the times below are taken with the tiles just found
         write(updated(table(), arch, [], tuned, source), TABLE_PATH)

@@ -22,6 +22,9 @@ from lut_kernels.bench_work import (
 from lut_kernels.dispatch import forced_tiles, kernels_mode
 from lut_kernels.tuning import HEADS, SPACE
 
+# (calls, repeats) to microseconds of one call
+Timer = Callable[[list[Callable[[], object]], int], float]
+
 ROTATION_BYTES = 512 * 2**20  # several times the L2 of any device so far
 SLEEP_CYCLES = 20_000_000  # about 10 ms: the host queues every call before the first one starts
 
@@ -75,13 +78,13 @@ def _once(work: Work, call: Callable[[Inputs], torch.Tensor], inputs: Inputs, up
 
 
 def _time_side(
-    work: Work, call: Callable[[Inputs], torch.Tensor], sets: list[Inputs], upstream: torch.Tensor | None
+    work: Work, call: Callable[[Inputs], torch.Tensor], sets: list[Inputs], upstream: torch.Tensor | None, timer: Timer
 ) -> float:
     calls: list[Callable[[], object]] = [
         lambda inputs=inputs: _once(work, call, inputs, upstream)  # type: ignore[misc]
         for inputs in sets
     ]
-    return round(time_calls(calls, repeats=max(3, 24 // len(sets))), 2)
+    return round(timer(calls, max(3, 24 // len(sets))), 2)
 
 
 def input_sets(work: Work, device: str, dtype: torch.dtype) -> tuple[list[Inputs], torch.Tensor | None]:
@@ -97,14 +100,14 @@ def input_sets(work: Work, device: str, dtype: torch.dtype) -> tuple[list[Inputs
     return sets, torch.ones_like(like) if like.dim() == 0 else torch.randn_like(like)
 
 
-def time_sides(work: Work, device: str, dtype: torch.dtype) -> dict[str, float]:
+def time_sides(work: Work, device: str, dtype: torch.dtype, timer: Timer = time_calls) -> dict[str, float]:
     """Microseconds of the kernel and of every library side that takes the shape."""
     sets, upstream = input_sets(work, device, dtype)
     sides: dict[str, Callable[[Inputs], torch.Tensor]] = {"triton": work.call, **work.library}
     found = {}
     for side, call in sides.items():
         with kernels_mode("triton" if side == "triton" else "torch"), torch.set_grad_enabled(bool(work.leaves)):
-            found[side] = _time_side(work, call, sets, upstream)
+            found[side] = _time_side(work, call, sets, upstream, timer)
     return found
 
 
@@ -127,15 +130,15 @@ def tuned_work(images: int) -> list[tuple[str, Work]]:
     return found
 
 
-def tune(device: str, images: int) -> list[dict[str, Any]]:
-    """Time every tile of every space at its shape, in bf16. A tile that does not fit the device is left out."""
+def tune(device: str, todo: list[tuple[str, Work]], timer: Timer = time_calls) -> list[dict[str, Any]]:
+    """Time every tile of the named spaces at the shapes given, in bf16. A tile that does not fit the device is left out."""
     found = []
-    for kernel, work in tuned_work(images):
+    for kernel, work in todo:
         sets, upstream = input_sets(work, device, torch.bfloat16)
         for tile in SPACE[kernel]:
             with forced_tiles({kernel: tile}), kernels_mode("triton"), torch.set_grad_enabled(bool(work.leaves)):
                 try:
-                    time_us = _time_side(work, work.call, sets, upstream)
+                    time_us = _time_side(work, work.call, sets, upstream, timer)
                 except (TritonError, RuntimeError) as error:
                     print(f"tile left out: {kernel} {tile}: {str(error).splitlines()[0]}")
                     continue

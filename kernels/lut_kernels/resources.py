@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from triton.compiler import ASTSource
 
 from lut_kernels.dispatch import forced_tiles
 from lut_kernels.runtime import INTERPRETED, Launch, record_launches
-from lut_kernels.tuning import SPACE, cases
+from lut_kernels.tuning import SPACE, Case, cases
 
 PATH = Path(__file__).with_name("resources.json")
 SPACE_PATH = Path(__file__).with_name("resources_space.json")
@@ -42,30 +43,54 @@ OPTIONS = ("num_warps", "num_stages")
 Report = dict[str, Any]
 
 
-def compile_launch(launch: Launch, arch: int) -> Report:
-    """Compile one recorded launch as the JIT would specialise it, pointers taken as 16-byte aligned."""
+@dataclass(frozen=True)
+class Build:
+    """What the JIT would compile for a launch: every parameter's type, the constants, what is known to be aligned."""
+
+    kernel: Any
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    aligned: list[str]
+    options: dict[str, int]
+
+    def key(self) -> str:
+        """Equal for launches that share a binary."""
+        return repr((self.kernel.__name__, self.signature, self.constants, self.aligned, self.options))
+
+    def compile(self, arch: int) -> Report:
+        """Resources of the binary on one architecture."""
+        place = {name: (index,) for index, name in enumerate(self.kernel.arg_names)}
+        source = ASTSource(
+            fn=self.kernel,
+            signature=self.signature,
+            constexprs={place[name]: value for name, value in self.constants.items()},
+            attrs={place[name]: [["tt.divisibility", 16]] for name in self.aligned},
+        )
+        binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(self.options))
+        resources = {"kernel": self.kernel.__name__, "shared": binary.metadata.shared}
+        return resources | _assembled(binary.asm["ptx"], arch)
+
+
+def build_of(launch: Launch) -> Build:
+    """Specialise a recorded launch as the JIT does: pointers taken as 16-byte aligned, integers as they are."""
     kernel = launch.kernel
     given = dict(zip(kernel.arg_names, launch.args)) | launch.constants
-    options = {name: given.pop(name) for name in OPTIONS if name in given}
-    signature: dict[str, str] = {}
-    constants: dict[tuple[int], Any] = {}
-    attributes: dict[tuple[int], list[list[Any]]] = {}
-    for index, name in enumerate(kernel.arg_names):
+    build = Build(kernel, {}, {}, [], {name: given.pop(name) for name in OPTIONS if name in given})
+    for name in kernel.arg_names:
         value = given[name]
-        aligned = False
         if isinstance(value, torch.Tensor):
-            signature[name], aligned = "*" + TYPES[value.dtype], True
+            build.signature[name] = "*" + TYPES[value.dtype]
+            build.aligned.append(name)
         elif name in launch.constants or (isinstance(value, int) and value == 1):
-            signature[name], constants[(index,)] = "constexpr", value
+            build.signature[name] = "constexpr"
+            build.constants[name] = value
         elif isinstance(value, int):
-            signature[name], aligned = "i32", value % 16 == 0
+            build.signature[name] = "i32"
+            if value % 16 == 0:
+                build.aligned.append(name)
         else:
-            signature[name] = "fp32"
-        if aligned:
-            attributes[(index,)] = [["tt.divisibility", 16]]
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    return {"kernel": kernel.__name__, "shared": binary.metadata.shared, **_assembled(binary.asm["ptx"], arch)}
+            build.signature[name] = "fp32"
+    return build
 
 
 def _assembled(ptx: str, arch: int) -> Report:
@@ -101,25 +126,41 @@ def _vectorised(ptx: str, access: str) -> float:
     return round(sum(size for size in sizes if size == 16) / max(sum(sizes), 1), 2)
 
 
-def compile_case(job: tuple[int, int, dict[str, int] | None]) -> tuple[str, Report]:
-    """(name, report) of one case on one architecture, with the table's tile or the one given."""
-    arch, index, tile = job
-    case = cases()[index]
+def build_case(arch: int, case: Case, tile: dict[str, int] | None) -> Build | None:
+    """The build of a case with the table's tile, or the one given; None where its launcher takes another kernel."""
     with record_launches(f"sm_{arch}") as noted, forced_tiles({case.tile: tile} if tile else {}):
         case.run("meta")
-    launch = next(one for one in noted.launches if one.kernel.__name__ == case.kernel)
-    return f"sm_{arch} {case.name}" + (f" {json.dumps(tile)}" if tile else ""), compile_launch(launch, arch)
+    return next((build_of(one) for one in noted.launches if one.kernel.__name__ == case.kernel), None)
+
+
+def compile_case(job: tuple[int, int, dict[str, int] | None]) -> tuple[str, Report]:
+    """(name, report) of one case on one architecture."""
+    arch, index, tile = job
+    case = cases()[index]
+    build = build_case(arch, case, tile)
+    if build is None:
+        raise ValueError(f"{case.name}: expected a launch of {case.kernel}, found none")
+    return f"sm_{arch} {case.name}" + (f" {json.dumps(tile)}" if tile else ""), build.compile(arch)
+
+
+def distinct(archs: Iterable[int], space: bool) -> list[tuple[int, int, dict[str, int] | None]]:
+    """Cases to compile, each binary once: with the table's tiles, or with every tile of the tuning space."""
+    work: list[tuple[int, int, dict[str, int] | None]] = []
+    for arch in archs:
+        seen: set[str] = set()
+        for index, case in enumerate(cases()):
+            for tile in SPACE.get(case.tile, []) if space else [None]:
+                build = build_case(arch, case, tile)
+                if build is not None and build.key() not in seen:
+                    seen.add(build.key())
+                    work.append((arch, index, tile))
+    return work
 
 
 def measure(archs: Iterable[int], space: bool, jobs: int) -> dict[str, Report]:
     """Compile the chosen tiles, or the whole tuning space, for these architectures."""
-    work: list[tuple[int, int, dict[str, int] | None]] = []
-    for arch in archs:
-        for index, case in enumerate(cases()):
-            tiles = SPACE.get(case.tile, []) if space else [None]
-            work += [(arch, index, tile) for tile in tiles]
     with ProcessPoolExecutor(jobs) as pool:
-        return dict(sorted(pool.map(compile_case, work), key=lambda pair: pair[0]))
+        return dict(sorted(pool.map(compile_case, distinct(archs, space)), key=lambda pair: pair[0]))
 
 
 def faults(name: str, report: Report) -> list[str]:

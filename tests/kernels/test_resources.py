@@ -3,7 +3,8 @@
 import json
 
 import pytest
-from lut_kernels import resources
+from lut_kernels import dispatch, resources
+from lut_kernels.dispatch import table
 from lut_kernels.tuning import SPACE, cases
 
 COMMITTED = json.loads(resources.PATH.read_text())
@@ -16,7 +17,8 @@ def index_of(name: str) -> int:
 
 
 def test_every_chosen_kernel_is_in_the_table_and_fits() -> None:
-    assert set(COMMITTED) == {f"sm_{arch} {case.name}" for arch in ARCHITECTURES for case in cases()}
+    chosen = {f"sm_{arch} {cases()[index].name}" for arch, index, _ in resources.distinct(ARCHITECTURES, space=False)}
+    assert set(COMMITTED) == chosen
     assert [fault for name, report in COMMITTED.items() for fault in resources.faults(name, report)] == []
 
 
@@ -77,6 +79,27 @@ def test_what_counts_as_worse() -> None:
 def test_every_space_contains_a_tile_and_names_a_case() -> None:
     assert {case.tile for case in cases()} - {""} == set(SPACE)
     assert all(SPACE.values())
+
+
+def test_the_whole_space_was_compiled_and_fits_in_shared_memory() -> None:
+    committed = json.loads(resources.SPACE_PATH.read_text())
+    for arch, index, tile in resources.distinct((80,), space=True):
+        name = f"{cases()[index].name} {json.dumps(tile)}" if tile else cases()[index].name
+        assert f"sm_{arch} {name}" in committed
+    for name, report in committed.items():
+        arch = int(name.split()[0].removeprefix("sm_"))
+        assert report["shared"] <= resources.SHARED_LIMIT[arch]
+
+
+def test_lengths_that_take_another_tile_are_compiled_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    changed = json.loads(json.dumps(table()))
+    rule = {"up_to": 257, "tile": {"rows": 128, "step": 64, "heads": 1, "warps": 8, "stages": 2}}
+    changed["tiles"]["default"]["attention_forward"][:0] = [{**rule, "head_dims": [80]}]
+    before = len(resources.distinct((90,), space=False))
+    monkeypatch.setattr(dispatch, "table", lambda: changed)
+    dispatch._tile.cache_clear()
+    assert len(resources.distinct((90,), space=False)) == before + 2  # with and without saving, for 577 and 1025
+    dispatch._tile.cache_clear()
 
 
 @pytest.mark.slow

@@ -1,14 +1,19 @@
-"""The parity check of the GPU command, with the kernels interpreted."""
+"""The parity check and the timing loops of the GPU command, with the kernels interpreted and the host's clock."""
 
 import dataclasses
+import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from lut_kernels import resources
 from lut_kernels.bench_parity import check_work
+from lut_kernels.bench_table import tile_rules
+from lut_kernels.bench_time import time_sides, tune
 from lut_kernels.bench_work import Inputs, attention_work, embed_work, gather_work, loss_work, unshuffle_work
 from lut_kernels.dispatch import current_mode
+from lut_kernels.tuning import SPACE
 
 SMALL = [
     gather_work(2, 5, 3, side=35),
@@ -26,6 +31,31 @@ SMALL = [
 def test_kernels_pass(work: Any, dtype: torch.dtype) -> None:
     found = check_work(work, "cpu", dtype)
     assert found["passed"], found["detail"]
+
+
+def host_timer(calls: list[Callable[[], object]], repeats: int) -> float:
+    """Microseconds of one call, once over all of them."""
+    assert repeats >= 3
+    start = time.perf_counter()
+    for call in calls:
+        call()
+    return (time.perf_counter() - start) / len(calls) * 1e6
+
+
+@pytest.mark.parametrize("work", SMALL, ids=lambda work: work.name)
+def test_every_side_is_timed(work: Any) -> None:
+    times = time_sides(work, "cpu", torch.float32, host_timer)
+    assert set(times) == {"triton", *work.library}
+    assert min(times.values()) > 0
+
+
+def test_every_tile_is_tried() -> None:
+    todo = [("embed_tokens", embed_work(1, 40, 17, 5)), ("unshuffle_tokens_backward", unshuffle_work(1, 7, 5, 2, True))]
+    tuned = tune("cpu", todo, host_timer)
+    assert [entry["tile"] for entry in tuned] == [tile for kernel, _ in todo for tile in SPACE[kernel]]
+    rules = tile_rules(tuned)
+    fastest = min((entry for entry in tuned if entry["kernel"] == "embed_tokens"), key=lambda entry: entry["time_us"])
+    assert rules["embed_tokens"] == [{"tile": fastest["tile"]}]
 
 
 def test_a_wrong_kernel_fails() -> None:
