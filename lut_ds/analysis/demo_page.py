@@ -104,10 +104,13 @@ def _knn_section(results: Mapping[str, Any]) -> page.Section:
     rows = [[NAMES[name], *(f"{value:.1f}" for value in values.values())] for name, values in by_k.items()]
     caption = f"Top-1 in per cent on {images['val']:,} held-out images; neighbours are sought among {images['train']:,} training images."
     alt = "k-NN accuracy of student and teacher over the run"
+    start = "Epoch 0 is the random encoder that the run started from."
+    if min(entry["student"][knn["k"]] for entry in knn["over_the_run"]) < top1["random_encoder"]:
+        start += " The features fall below it before they organise; compare their spread under Training."
     return page.Section(
         "Nearest neighbours",
         page.text(how)
-        + page.picture(draw_knn(knn), alt, "Epoch 0 is the random encoder that the run started from.")
+        + page.picture(draw_knn(knn), alt, start)
         + page.table(["features", *(f"k = {k}" for k in ks)], rows, caption),
     )
 
@@ -120,7 +123,7 @@ def _reconstruction_section(panel: Draw, norm_pix: bool) -> page.Section:
     if norm_pix:
         caption += (
             " It was trained on patches normalised one by one, so mean and contrast of each predicted patch are taken from the "
-            "truth: judge the strokes inside the patches, not their brightness."
+            "truth: judge the strokes inside the patches, not their brightness. A tint is an error of the prediction."
         )
     alt = "Held-out images: input, masked input and prediction side by side"
     return page.Section("Reconstruction", page.picture(panel, alt, caption, narrow=True))
