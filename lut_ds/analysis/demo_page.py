@@ -105,7 +105,8 @@ def _knn_section(results: Mapping[str, Any]) -> page.Section:
     caption = f"Top-1 in per cent on {images['val']:,} held-out images; neighbours are sought among {images['train']:,} training images."
     alt = "k-NN accuracy of student and teacher over the run"
     start = "Epoch 0 is the random encoder that the run started from."
-    if min(entry["student"][knn["k"]] for entry in knn["over_the_run"]) < top1["random_encoder"]:
+    lowest = min(entry["student"][knn["k"]] for entry in knn["over_the_run"])
+    if lowest < top1["random_encoder"] < top1["student"]:
         start += " The features fall below it before they organise; compare their spread under Training."
     return page.Section(
         "Nearest neighbours",
