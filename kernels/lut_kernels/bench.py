@@ -22,10 +22,11 @@ import torch
 import triton
 
 from lut_kernels.bench_parity import check_work
-from lut_kernels.bench_table import fastest_library, updated, write
+from lut_kernels.bench_table import fastest_library, updated, without_spills, write
 from lut_kernels.bench_time import Ceiling, ceiling, floor_us, time_sides, tune, tuned_work
 from lut_kernels.bench_work import parity_work, step_work, transfer_work
-from lut_kernels.dispatch import TABLE_PATH, architecture, choice, table
+from lut_kernels.dispatch import TABLE_PATH, architecture, choice, forget_table, table
+from lut_kernels.resources import SPACE_PATH
 from lut_kernels.runtime import INTERPRETED
 
 Record = dict[str, Any]
@@ -143,21 +144,24 @@ def main(arguments: list[str] | None = None) -> int:
         "parity": parity, "memory_check": "skipped" if options.smoke else memory_check(),
     }  # fmt: skip
     tuned = [] if options.smoke or options.no_tune else tune("cuda", tuned_work(options.images[0]))
+    tuned = without_spills(tuned, arch, json.loads(SPACE_PATH.read_text()))
     source = f"{report['device']}, torch {report['torch']}, {report['date']}"
     if tuned:  # the times below are taken with the tiles just found
         write(updated(table(), arch, [], tuned, source), TABLE_PATH)
-        table.cache_clear()
+        forget_table()
     images = tuple(sorted(options.images)[:1] if options.smoke else sorted(options.images))
     dtypes = (torch.bfloat16,) if options.smoke else (torch.bfloat16, torch.float16)
     report |= {"tuning": tuned, "times": run_times("cuda", images, dtypes, top)}
     if not options.smoke and not failed:
         write(updated(table(), arch, report["times"], tuned, source), TABLE_PATH)
-        table.cache_clear()
+        forget_table()
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"kernels_{arch}.json"
     path.write_text(json.dumps(report, indent=1) + "\n")
     print_table(report["times"], device)
     print(f"{path}: written; table {'left alone' if options.smoke or failed else 'updated: ' + str(TABLE_PATH)}")
+    if tuned:
+        print("tiles changed: run python -m lut_kernels.resources --json, and commit both tables")
     return int(failed)
 
 

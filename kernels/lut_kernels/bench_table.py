@@ -61,6 +61,18 @@ def simple_rules(op: str, measured: list[dict[str, Any]], source: str) -> list[R
     ]
 
 
+def without_spills(tuned: list[dict[str, Any]], arch: str, space: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """The tiles that spill at no compiled shape of their head dim; `space` is the resource table of the tuning space."""
+    spilling = [name for name, report in space.items() if report["spilled"] and name.startswith(f"{arch} ")]
+
+    def spills(entry: dict[str, Any]) -> bool:
+        start, end = f"{arch} {entry['kernel']} ", f" {json.dumps(entry['tile'])}"
+        head = f" d={entry['head_dim']} " if entry["head_dim"] else ""
+        return any(name.startswith(start) and name.endswith(end) and head in name for name in spilling)
+
+    return [entry for entry in tuned if not spills(entry)]
+
+
 def tile_rules(tuned: list[dict[str, Any]]) -> dict[str, list[Rule]]:
     """Best tile by kernel; by head dim and length for attention. `tuned`: kernel, tile, time_us, tokens, head_dim."""
     best: dict[tuple[str, int, int], dict[str, Any]] = {}

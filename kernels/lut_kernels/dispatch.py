@@ -63,6 +63,12 @@ def table() -> dict[str, Any]:
     return json.loads(TABLE_PATH.read_text())
 
 
+def forget_table() -> None:
+    """Read the table again at the next look-up: it was rewritten, or replaced."""
+    for cached in (table, _look_up, _tile):
+        cached.cache_clear()
+
+
 def architecture(device: torch.device) -> str:
     """`cpu`, or `sm_90` and the like."""
     if device.type != "cuda":

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from lut_kernels import bench
-from lut_kernels.bench_table import attention_rules, simple_rules, tile_rules, updated, write
+from lut_kernels import bench, resources
+from lut_kernels.bench_table import attention_rules, simple_rules, tile_rules, updated, without_spills, write
 from lut_kernels.bench_time import Ceiling, floor_us, tuned_work
 from lut_kernels.bench_work import Work, attention_work, parity_work, step_work, transfer_work
 from lut_kernels.dispatch import matches, table
@@ -101,6 +101,22 @@ def test_tiles_by_head_dim_and_length() -> None:
     ]
     rules = tile_rules(tuned)["attention_forward"]
     assert [(rule["up_to"], rule["tile"]["rows"]) for rule in rules] == [(50, 64), (197, 128)]
+
+
+def test_a_tile_that_spills_is_not_chosen() -> None:
+    space = json.loads(resources.SPACE_PATH.read_text())
+    tuned = [
+        {"kernel": "attention_backward_kv", "tokens": 197, "head_dim": head_dim, "tile": tile, "time_us": 1.0}
+        for head_dim, tile in itertools.product((32, 80), SPACE["attention_backward_kv"])
+    ]
+    for arch in ("sm_80", "sm_90", "sm_100"):
+        kept = without_spills(tuned, arch, space)
+        for entry in tuned:
+            where = f"{arch} attention_backward_kv d={entry['head_dim']} "
+            names = [name for name in space if name.startswith(where) and name.endswith(json.dumps(entry["tile"]))]
+            assert names
+            assert (entry in kept) == (not any(space[name]["spilled"] for name in names))
+    assert without_spills(tuned, "sm_120", space) == tuned
 
 
 def test_the_new_table_is_complete_and_survives_a_second_measurement(tmp_path: Path) -> None:

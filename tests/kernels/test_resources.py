@@ -1,6 +1,7 @@
 """Ahead-of-time compilation and the committed resource table."""
 
 import json
+from pathlib import Path
 
 import pytest
 from lut_kernels import dispatch, resources
@@ -91,15 +92,19 @@ def test_the_whole_space_was_compiled_and_fits_in_shared_memory() -> None:
         assert report["shared"] <= resources.SHARED_LIMIT[arch]
 
 
-def test_lengths_that_take_another_tile_are_compiled_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lengths_that_take_another_tile_are_compiled_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     changed = json.loads(json.dumps(table()))
     rule = {"up_to": 257, "tile": {"rows": 128, "step": 64, "heads": 1, "warps": 8, "stages": 2}}
     changed["tiles"]["default"]["attention_forward"][:0] = [{**rule, "head_dims": [80]}]
+    path = tmp_path / "table.json"
+    path.write_text(json.dumps(changed))
     before = len(resources.distinct((90,), space=False))
-    monkeypatch.setattr(dispatch, "table", lambda: changed)
-    dispatch._tile.cache_clear()
-    assert len(resources.distinct((90,), space=False)) == before + 2  # with and without saving, for 577 and 1025
-    dispatch._tile.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(dispatch, "TABLE_PATH", path)
+        dispatch.forget_table()
+        assert len(resources.distinct((90,), space=False)) == before + 2  # with and without saving, for 577 and 1025
+    dispatch.forget_table()
+    assert len(resources.distinct((90,), space=False)) == before
 
 
 @pytest.mark.slow
