@@ -112,6 +112,8 @@ def build_parser() -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
+    # Read when torch loads: threads that wait must not keep a core that decoding, or another process, could use.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
     try:
         args = build_parser().parse_args(argv)
@@ -132,7 +134,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        print(f"lut-ds: disk full: {error}; the last good checkpoint is intact, free space and run again", file=sys.stderr)
+        print(
+            f"lut-ds: disk full: {error}; the last good checkpoint is intact, free space and run again", file=sys.stderr
+        )
         return FAULT
     except KeyboardInterrupt:
         print("lut-ds: interrupted", file=sys.stderr)

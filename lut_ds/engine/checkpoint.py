@@ -92,7 +92,7 @@ class CheckpointStore:
                 files["shared.safetensors"] = (shared, {})
                 write_json(partial / "state.json", {"step": step, **state})
             for name, (tensors, strings) in files.items():
-                save_file(tensors, partial / name, strings)
+                save_file(tensors, partial / name, strings or None)  # no tensors with empty metadata is not readable
             names = [*files, *(["state.json"] if self.rank == 0 else [])]
             return {name: describe_file(partial / name) for name in names}
 

@@ -127,7 +127,7 @@ def _set_up_process(recipe: Recipe, ranks: Ranks) -> None:
     if ranks.device.type == "cpu":
         local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("SLURM_NTASKS_PER_NODE", "1")))
         if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_ranks))
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
     else:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.backends.cuda.matmul.allow_tf32 = recipe.precision.compute == "bf16"
