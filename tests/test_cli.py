@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from lut_ds.config import shipped_recipes
+from lut_ds.engine.checkpoint import verify
 from tests.engine.tiny import tiny_tree
 
 DONE, FAULT, BAD_INPUT = 0, 1, 2
@@ -127,11 +128,6 @@ def test_a_plan_without_data() -> None:
 
 
 @pytest.mark.slow
-def test_a_run_without_data(recipe: Path) -> None:
-    assert "data.path: no image folder given; add data.path=DIR" in refused("pretrain", recipe, "data.path=null")
-
-
-@pytest.mark.slow
 def test_a_run_is_continued_by_its_own_recipe_only(recipe: Path, tmp_path: Path) -> None:
     first = result("pretrain", recipe)
     assert (first["step"], first["steps"], first["resumed_from"], first["stopped_by"]) == (2, 2, None, None)
@@ -140,6 +136,17 @@ def test_a_run_is_continued_by_its_own_recipe_only(recipe: Path, tmp_path: Path)
     assert "holds a run of another recipe: method.mask_ratio is 0.75 there and 0.5 here" in line
     again = result("pretrain", recipe, "train.max_steps=3")
     assert (again["step"], again["resumed_from"]) == (3, 2)
+    expect_no_export_of_damage(tmp_path)
+
+
+def expect_no_export_of_damage(folder: Path) -> None:
+    """The damaged checkpoint is refused by its name, and passed over for an older one by the run's."""
+    older, newest = sorted((folder / "run" / "checkpoints").glob("step_*"))
+    file = newest / "shared.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    assert "damaged: shared.safetensors" in refused("export", newest, "-o", folder / "timm")
+    assert not (folder / "timm").exists()
+    assert result("export", folder / "run", "-o", folder / "timm")["step"] == int(older.name.removeprefix("step_"))
 
 
 @pytest.mark.slow
@@ -149,36 +156,20 @@ def test_mae_is_continued_and_exported_too(recipe: Path, tmp_path: Path) -> None
     assert result("pretrain", recipe, "method.name=mae", "train.max_steps=3")["resumed_from"] == 2
     exported = result("export", tmp_path / "run", "--student", "-o", tmp_path / "timm")
     assert Path(exported["weights"]).is_file()
-    assert "no EMA teacher" in refused("export", tmp_path / "run", "-o", tmp_path / "other")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "content, named",
-    [(None, "expected images"), ({"a.txt": b"text"}, "expected images"), ({"a.jpg": b"junk"}, "global_batch")],
-)
-def test_a_folder_that_holds_no_data(
-    recipe: Path, tmp_path: Path, content: dict[str, bytes] | None, named: str
-) -> None:
-    folder = tmp_path / "images" / "class"
-    (folder if content else folder.parent).mkdir(parents=True)
-    for name, data in (content or {}).items():
-        (folder / name).write_bytes(data)
-    assert named in refused("pretrain", recipe, f"data.path={tmp_path}/images")
+def test_a_folder_without_images(recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "images" / "class").mkdir(parents=True)
+    (tmp_path / "images" / "class" / "a.txt").touch()
+    assert "expected images" in refused("pretrain", recipe, f"data.path={tmp_path}/images")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("damage", [b"junk", b"", None])
-def test_an_image_that_cannot_be_read_ends_the_run_with_its_name(
-    recipe: Path, tmp_path: Path, digits: Path, damage: bytes | None
-) -> None:
+def test_an_image_that_cannot_be_read_ends_the_run_with_its_name(recipe: Path, tmp_path: Path, digits: Path) -> None:
     shutil.copytree(digits / "train" / "0", tmp_path / "images" / "0")
     bad = sorted((tmp_path / "images" / "0").iterdir())[7]
-    bad.unlink()
-    if damage is None:
-        bad.symlink_to("nowhere.jpg")
-    else:
-        bad.write_bytes(damage)
+    bad.write_bytes(b"junk")
     # More steps than an epoch: the image comes up for certain.
     done = lut_ds("pretrain", recipe, f"data.path={tmp_path}/images", "train.max_steps=20", "run.save_every=1")
     assert done.returncode in (FAULT, BAD_INPUT)
@@ -192,11 +183,7 @@ def test_an_image_that_cannot_be_read_ends_the_run_with_its_name(
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "folder, named",
-    [
-        ("images", "exists and is no run folder"),
-        ("file", "exists and is no run folder"),
-        ("file/run", "cannot be written"),
-    ],
+    [("images", "exists and is no run folder"), ("file/run", "cannot be written")],
 )
 def test_a_run_folder_that_cannot_be(recipe: Path, tmp_path: Path, folder: str, named: str) -> None:
     (tmp_path / "images").mkdir()
@@ -205,13 +192,6 @@ def test_a_run_folder_that_cannot_be(recipe: Path, tmp_path: Path, folder: str, 
     line = refused("pretrain", recipe, f"run.dir={tmp_path / folder}")
     assert named in line
     assert str(tmp_path / folder) in line
-
-
-@pytest.mark.slow
-def test_an_accelerator_that_does_not_exist(recipe: Path) -> None:
-    assert "DS_ACCELERATOR: expected one of cuda, cpu, found 'banana'" in refused(
-        "pretrain", recipe, DS_ACCELERATOR="banana"
-    )
 
 
 @pytest.mark.slow
@@ -230,23 +210,12 @@ def test_no_space_left_keeps_the_last_good_checkpoint(recipe: Path, tmp_path: Pa
         assert done.returncode == FAULT
         assert "disk full" in done.stderr.splitlines()[-1]
         assert "Traceback" not in done.stderr
-        exported = result("export", disk / "run", "-o", tmp_path / "timm")
-        assert exported["step"] >= 1
+        left = sorted((disk / "run" / "checkpoints").iterdir())
+        assert [path.name for path in left] == ["latest", *(f"step_{step:08d}" for step in range(1, len(left)))]
+        assert len(left) > 1
+        assert [verify(path) for path in left[1:]] == [None] * (len(left) - 1)
     finally:
         subprocess.run(["umount", disk], check=True)
-
-
-@pytest.mark.slow
-def test_a_tampered_checkpoint_is_not_exported(recipe: Path, tmp_path: Path) -> None:
-    result("pretrain", recipe)
-    (step,) = (tmp_path / "run" / "checkpoints").glob("step_*")
-    file = step / "shared.safetensors"
-    file.write_bytes(file.read_bytes()[:-1])
-    assert "damaged: shared.safetensors" in refused("export", step, "-o", tmp_path / "timm")
-    done = lut_ds("export", tmp_path / "run", "-o", tmp_path / "timm")
-    assert done.returncode == BAD_INPUT
-    assert "damaged" in done.stderr.splitlines()[-1]
-    assert not (tmp_path / "timm").exists()
 
 
 @pytest.mark.slow

@@ -133,7 +133,7 @@ def test_a_damaged_checkpoint_is_passed_over(
 @pytest.mark.parametrize(
     "launcher",
     [
-        ["torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "-m"],
+        ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"],
         ["deepspeed.launcher.runner", "--num_gpus=2", "--module"],
     ],
     ids=["torchrun", "deepspeed"],

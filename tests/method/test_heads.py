@@ -63,7 +63,7 @@ def twins(width: int, shared: bool) -> tuple[HeadBatchNorm, nn.BatchNorm1d]:
 
 
 @settings(deadline=None, max_examples=20)
-@given(seed=st.integers(0, 2**31), batch=st.integers(2, 9), shared=st.booleans(), steps=st.integers(1, 3))
+@given(seed=st.integers(0, 2**31), batch=st.integers(4, 9), shared=st.booleans(), steps=st.integers(1, 3))
 def test_one_rank_equals_torch(seed: int, batch: int, shared: bool, steps: int) -> None:
     torch.manual_seed(seed)
     ours, theirs = twins(6, shared)
