@@ -81,11 +81,11 @@ def launch_backward(
         )  # fmt: skip
         return grad_qkv
     delta = torch.empty_like(lse)
-    blocks = triton.cdiv(tokens, 64)
+    blocks = triton.cdiv(tokens, 32)
     launch(
         delta_kernel, batch * num_heads * blocks, qkv,
         out, grad, delta, tokens, num_heads, blocks,
-        D=head_dim, COLS=max(16, triton.next_power_of_2(head_dim)), ROWS=64, ACC=accumulator(qkv.dtype),
+        D=head_dim, COLS=max(16, triton.next_power_of_2(head_dim)), ROWS=32, ACC=accumulator(qkv.dtype),
     )  # fmt: skip
     for kernel, name in ((backward_kv_kernel, "attention_backward_kv"), (backward_q_kernel, "attention_backward_q")):
         config = tile(name, *key)

@@ -82,7 +82,9 @@ def tile_rules(tuned: list[dict[str, Any]]) -> dict[str, list[Rule]]:
             best[key] = entry
     found: dict[str, list[Rule]] = {}
     for (kernel, head_dim, tokens), entry in sorted(best.items()):
-        condition = {"head_dims": [head_dim], "up_to": tokens} if tokens else {}
+        # fp32 keeps its own, smaller attention tiles
+        narrow = {"dtypes": ["bfloat16", "float16"], "head_dims": [head_dim], "up_to": tokens}
+        condition = narrow if tokens else {}
         found.setdefault(kernel, []).append({**condition, "tile": entry["tile"]})
     return found
 

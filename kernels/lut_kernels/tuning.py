@@ -123,35 +123,41 @@ def _loss_scale(device: str) -> object:
     return grad
 
 
-def _forward(tokens: int, head_dim: int, save: bool) -> Case:
+def _forward(tokens: int, head_dim: int, save: bool, dtype: torch.dtype = torch.bfloat16) -> Case:
     def run(device: str) -> object:
-        qkv = torch.empty((8, tokens, 3 * HEADS[head_dim] * head_dim), dtype=torch.bfloat16, device=device)
+        qkv = torch.empty((8, tokens, 3 * HEADS[head_dim] * head_dim), dtype=dtype, device=device)
         return attention_launch.launch_forward(qkv, HEADS[head_dim], save)
 
     name = f"attention_forward d={head_dim} N={tokens} {'save' if save else 'eval'}"
+    if dtype == torch.float32:
+        return Case(f"{name} fp32", "forward_kernel", "", run)
     return Case(name, "forward_kernel", "attention_forward", run)
 
 
-def _backward(tokens: int, head_dim: int) -> list[Case]:
+def _backward(tokens: int, head_dim: int, dtype: torch.dtype = torch.bfloat16) -> list[Case]:
     def run(device: str) -> object:
         heads = HEADS[head_dim]
-        qkv = torch.empty((8, tokens, 3 * heads * head_dim), dtype=torch.bfloat16, device=device)
-        out = torch.empty((8, tokens, heads * head_dim), dtype=torch.bfloat16, device=device)
+        qkv = torch.empty((8, tokens, 3 * heads * head_dim), dtype=dtype, device=device)
+        out = torch.empty((8, tokens, heads * head_dim), dtype=dtype, device=device)
         lse = torch.empty((8, heads, tokens), device=device)
         return attention_launch.launch_backward(out, qkv, out, lse, heads)
 
-    where = f"d={head_dim} N={tokens}"
-    return [
-        Case(f"attention_backward_delta {where}", "delta_kernel", "", run),
-        *(
-            Case(f"attention_backward_{part} {where}", f"backward_{part}_kernel", f"attention_backward_{part}", run)
-            for part in ("one_tile", "kv", "q")
-        ),
-    ]
+    found = []
+    for part in ("delta", "one_tile", "kv", "q"):
+        name, where = f"attention_backward_{part}", f"d={head_dim} N={tokens}"
+        kernel = "delta_kernel" if part == "delta" else f"backward_{part}_kernel"
+        if dtype == torch.float32:
+            found.append(Case(f"{name} {where} fp32", kernel, "", run))
+        else:
+            found.append(Case(f"{name} {where}", kernel, "" if part == "delta" else name, run))
+    return found
 
 
 def cases() -> list[Case]:
-    """Every kernel at every shape, in bf16. Which of the backward's kernels a length takes is the table's business."""
+    """Every kernel at every shape: bf16, and attention in fp32 too, whose tiles are its own (exact, and never tuned).
+
+    Which of the backward's kernels a length takes is the table's business.
+    """
     found = [
         _gather("u8 P=16 visible", 16, 49),
         _gather("u8 P=16 all", 16, None),
@@ -175,4 +181,7 @@ def cases() -> list[Case]:
     for tokens, head_dim in product(TOKENS, HEADS):
         found += [_forward(tokens, head_dim, save) for save in (True, False)]
         found += _backward(tokens, head_dim)
+    for head_dim in HEADS:
+        found.append(_forward(197, head_dim, True, torch.float32))
+        found += [*_backward(12, head_dim, torch.float32), *_backward(197, head_dim, torch.float32)]
     return found

@@ -57,7 +57,10 @@ def test_unknown_names() -> None:
 
 @pytest.mark.parametrize("value, message", [("fast", "LUT_KERNELS: expected one of"), ("triton", "TRITON_INTERPRET=1")])
 def test_environment_variable(value: str, message: str) -> None:
-    code = "import lut_kernels, torch; lut_kernels.attention(torch.zeros(1, 2, 6), 1)"
+    code = (
+        "import sys, lut_kernels, torch; assert 'lut_ds' not in sys.modules and 'deepspeed' not in sys.modules;"
+        "lut_kernels.attention(torch.zeros(1, 2, 6), 1)"
+    )
     environment = {**os.environ, "LUT_KERNELS": value}
     environment.pop("TRITON_INTERPRET", None)
     found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
