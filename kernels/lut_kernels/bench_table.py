@@ -20,27 +20,26 @@ def _because(times: dict[str, float], source: str) -> str:
 
 
 def attention_rules(measured: list[dict[str, Any]], source: str) -> list[Rule]:
-    """Rules by dtype, head dim, training and length. A rule speaks for lengths above the next shorter one measured."""
-    groups: dict[tuple[str, int, bool, int], dict[str, float]] = {}
+    """Rules by dtype, head dim, training and length. A rule speaks for lengths above the next shorter one measured.
+
+    Triton is taken where it beats every library call at every batch size; among library calls, the one whose worst batch
+    size is least behind the best.
+    """
+    groups: dict[tuple[str, int, bool, int], list[dict[str, float]]] = {}
     for entry in measured:
-        if entry["op"] != "attention":
-            continue
-        key = (entry["dtype"], entry["head_dim"], entry["training"], entry["tokens"])
-        # several batch sizes: each side counts with its worst loss against the best, so that it is never much slower
-        best = min(entry["times_us"].values())
-        sides = groups.setdefault(key, {})
-        for side, time in entry["times_us"].items():
-            sides[side] = max(sides.get(side, 0.0), time / best)
+        if entry["op"] == "attention":
+            key = (entry["dtype"], entry["head_dim"], entry["training"], entry["tokens"])
+            groups.setdefault(key, []).append(entry["times_us"])
     found: list[Rule] = []
-    for (dtype, head_dim, training, tokens), relative in sorted(groups.items()):
-        library = fastest_library(relative)
-        condition = {"dtypes": [dtype], "head_dims": [head_dim], "training": training, "up_to": tokens}
-        because = "measured, slowest batch relative to the best side: " + ", ".join(
-            f"{side} {relative[side]:.2f}" for side in sorted(relative, key=lambda side: relative[side])
+    for (dtype, head_dim, training, tokens), batches in sorted(groups.items()):
+        behind = {side: max(times[side] / min(times.values()) for times in batches) for side in batches[0]}
+        because = "measured, at its worst batch size behind the best: " + ", ".join(
+            f"{side} {behind[side]:.2f}" for side in sorted(behind, key=lambda side: behind[side])
         )
-        if relative.get("triton", float("inf")) < relative[library]:
+        condition = {"dtypes": [dtype], "head_dims": [head_dim], "training": training, "up_to": tokens}
+        if all(times["triton"] < times[fastest_library(times)] for times in batches):
             found.append({"use": "triton", **condition, "because": f"{because} ({source})"})
-        found.append({"use": library, **condition, "because": f"{because} ({source})"})
+        found.append({"use": fastest_library(behind), **condition, "because": f"{because} ({source})"})
     return found
 
 
