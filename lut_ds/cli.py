@@ -22,7 +22,25 @@ class Parser(argparse.ArgumentParser):
     """argparse with one-line errors."""
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{self.prog}: {message}; see {self.prog} --help")
+        raise UserError(f"{message}; see {self.prog} --help")
+
+    def parse(self, argv: Sequence[str] | None) -> argparse.Namespace:
+        """Arguments, with `section.key=value` anywhere after the recipe: argparse takes them only in one place."""
+        args, rest = self.parse_known_args(argv)
+        unknown = [word for word in rest if word.startswith("-") or not hasattr(args, "override")]
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        if rest:
+            args.override = [*args.override, *rest]
+        return args
+
+
+def positive(text: str) -> int:
+    """A whole number from 1, for argparse."""
+    value = int(text)
+    if value < 1:
+        raise ValueError
+    return value
 
 
 def pretrain(args: argparse.Namespace) -> tuple[dict[str, Any], str, int]:
@@ -31,6 +49,7 @@ def pretrain(args: argparse.Namespace) -> tuple[dict[str, Any], str, int]:
 
     recipe = load_recipe(args.recipe, args.override)
     if args.dry_run:
+        os.environ["DS_ACCELERATOR"] = "cpu"  # nothing is put on a device, and the machine that plans may have none
         from lut_ds.engine.plan import describe_plan, plan
 
         planned = plan(recipe, args.world_size or int(os.environ.get("WORLD_SIZE", "1")))
@@ -93,11 +112,13 @@ def build_parser() -> Parser:
 
     sub = command(pretrain)
     sub.add_argument("recipe", help="name of a shipped recipe, or a .yaml file")
-    sub.add_argument("override", nargs="*", metavar="section.key=value", help="change a value of the recipe")
+    sub.add_argument(
+        "override", nargs="*", default=[], metavar="section.key=value", help="change a value of the recipe"
+    )
     sub.add_argument("--dry-run", action="store_true", help="print the plan and stop")
-    sub.add_argument("--world-size", type=int, help="ranks to plan for (with --dry-run)")
+    sub.add_argument("--world-size", type=positive, help="ranks to plan for (with --dry-run)")
     command(demo).add_argument(
-        "override", nargs="*", metavar="section.key=value", help="change a value of the demo recipe"
+        "override", nargs="*", default=[], metavar="section.key=value", help="change a value of the demo recipe"
     )
     sub = command(export)
     sub.add_argument("source", help="run folder or checkpoint folder")
@@ -116,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
     try:
-        args = build_parser().parse_args(argv)
+        args = build_parser().parse(argv)
         results = _reserve_standard_output()
         if args.local_rank is not None:
             os.environ.setdefault("LOCAL_RANK", str(args.local_rank))

@@ -5,25 +5,29 @@ optimised, `train` how long and how it is distributed, `precision` in which numb
 """
 
 import difflib
+import os
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from lut_ds.errors import UserError
 from lut_ds.method.masking import keep_count
 
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Strength = Annotated[float, Field(ge=0)]
+Area = Annotated[float, Field(gt=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
     """Base of all sections: unknown keys are errors, and so are values of another type."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class Model(Section):
@@ -119,9 +123,9 @@ class Data(Section):
     """Probability of a horizontal flip, drawn for each view."""
     crop_pad: Annotated[int, Field(ge=0)] = 4
     """Reflect padding before the random crop, pixels (LUT's views)."""
-    crop_scale: tuple[float, float] = (0.2, 1.0)
+    crop_scale: tuple[Area, Area] = (0.2, 1.0)
     """Area range of RandomResizedCrop (MAE's view)."""
-    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
+    jitter: tuple[Strength, Strength, Strength, Annotated[float, Field(ge=0, le=0.5)]] = (0.4, 0.4, 0.2, 0.1)
     """Brightness, contrast, saturation and hue strengths of view 2."""
     jitter_prob: Fraction = 0.8
     """Probability of the colour jitter of view 2."""
@@ -131,6 +135,13 @@ class Data(Section):
     """Decoding threads of each rank."""
     prefetch: Positive = 2
     """Micro-batches prepared ahead."""
+
+    @field_validator("crop_scale")
+    @classmethod
+    def _rising(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if value[0] > value[1]:
+            raise ValueError(f"expected [smallest, largest], found {list(value)}; swap them")
+        return value
 
 
 class Optim(Section):
@@ -144,7 +155,7 @@ class Optim(Section):
     """Learning rate at the end."""
     warmup_epochs: Annotated[float, Field(ge=0)] = 40.0
     """Epochs of linear warm-up."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
     """AdamW's moment decays."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
     """AdamW's epsilon."""
@@ -204,6 +215,11 @@ class Run(Section):
     wandb_project: str = "lut_ds"
     """Project on Weights & Biases."""
 
+    @field_validator("wandb", mode="before")
+    @classmethod
+    def _off(cls, value: Any) -> Any:
+        return "off" if value is False else value  # `off` is a boolean to YAML 1.1
+
 
 class Recipe(Section):
     """A whole run."""
@@ -228,6 +244,11 @@ class Recipe(Section):
             raise ValueError(
                 f"method.mask_ratio {self.method.mask_ratio} leaves no visible patch of {patches}; lower it"
             )
+        if views == 2 and self.data.crop_pad >= self.model.image_size:
+            raise ValueError(
+                f"data.crop_pad {self.data.crop_pad} is not below model.image_size {self.model.image_size}, "
+                "which reflection needs; lower it"
+            )
         if self.train.micro_batch is not None and self.train.global_batch % self.train.micro_batch:
             raise ValueError(
                 f"train.micro_batch {self.train.micro_batch} does not divide train.global_batch {self.train.global_batch}; "
@@ -238,6 +259,18 @@ class Recipe(Section):
                 f"optim.warmup_epochs {self.optim.warmup_epochs} is not below train.epochs {self.train.epochs}; change one of them"
             )
         return self
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML's safe loader, except that a key given twice is an error: YAML keeps the last and drops the first unseen."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key.value} is given twice", key.start_mark)
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else None)
+        return super().construct_mapping(node, deep)
 
 
 def recipe_folder() -> Path:
@@ -258,8 +291,8 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     """
     path = find_recipe(name_or_path)
     try:
-        tree = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        tree = yaml.load(path.read_text(), _UniqueKeys)  # noqa: S506 - a SafeLoader
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise UserError(f"recipe {path}: not readable as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
         raise UserError(f"recipe {path}: expected a mapping of sections, found {type(tree).__name__}")
@@ -272,11 +305,11 @@ def find_recipe(name_or_path: str) -> Path:
     """Path of a recipe given as a file or as the name of a shipped one."""
     path = Path(name_or_path)
     if path.suffix in (".yaml", ".yml"):
-        if not path.is_file():
+        if not os.path.isfile(path):  # False too for names that no file system takes
             raise UserError(f"recipe {path}: no such file; `lut-ds recipes` lists the shipped ones")
         return path
     shipped = recipe_folder() / f"{name_or_path}.yaml"
-    if not shipped.is_file():
+    if not os.path.isfile(shipped):
         raise UserError(
             f"recipe {name_or_path}: no such recipe{_nearest(name_or_path, shipped_recipes())}; `lut-ds recipes` lists them"
         )
@@ -290,8 +323,8 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
     if not separator or len(parts) < 2 or not all(parts):
         raise UserError(f"override {override!r}: expected section.key=value, e.g. optim.blr=1e-4")
     try:
-        value = _number(yaml.safe_load(text))
-    except yaml.YAMLError as error:
+        value = _number(yaml.load(text, _UniqueKeys))  # noqa: S506 - a SafeLoader
+    except (yaml.YAMLError, RecursionError) as error:
         raise UserError(f"override {override!r}: value is not YAML: {' '.join(str(error).split())}") from error
     node = tree
     for part in parts[:-1]:
@@ -308,6 +341,8 @@ def parse_recipe(tree: dict[str, Any], origin: str) -> Recipe:
     """Validate a recipe tree; `origin` names it in errors."""
     try:
         return Recipe.model_validate(_coerce(tree))
+    except RecursionError:
+        raise UserError(f"recipe {origin}: contains itself, or is nested too deeply; write it flat") from None
     except ValidationError as error:
         raise UserError(f"recipe {origin}: {_describe(error.errors()[0])}") from None
 
@@ -349,8 +384,8 @@ def _describe(error: Any) -> str:
 
 
 def _nearest(name: str, candidates: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, candidates, n=1, cutoff=0.5)
-    if not close and "." in name:  # a right key in a wrong section
-        key = name.rsplit(".", 1)[1]
-        close = [candidate for candidate in candidates if candidate.rsplit(".", 1)[1] == key][:1]
+    section, _, key = name.rpartition(".")
+    close = [c for c in candidates if section and c.rpartition(".")[2] == key][:1]  # a right key in a wrong section
+    if not close:
+        close = difflib.get_close_matches(name.lower(), candidates, n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else ""

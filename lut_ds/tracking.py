@@ -1,5 +1,6 @@
 """Watching a run: metrics.jsonl is the truth, a progress bar for people, Weights & Biases as a mirror that cannot hurt."""
 
+import contextlib
 import json
 import math
 import os
@@ -11,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
 from tqdm import tqdm
 
 
@@ -52,11 +54,14 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     records = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(errors="replace").splitlines():
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except ValueError:
             break
+        if not (isinstance(record, dict) and isinstance(record.get("step"), int)):
+            break
+        records.append(record)
     return records
 
 
@@ -139,6 +144,13 @@ class WandbMirror:
             except queue.Full:
                 continue
         self._thread.join(max(0.0, deadline - time.monotonic()))
+        if self._thread.is_alive():
+            # A service that hangs would hang this process too, when it exits and wandb waits for it.
+            for child in psutil.Process().children(recursive=True):
+                with contextlib.suppress(psutil.Error):
+                    if child.name().startswith("wandb"):
+                        child.kill()
+            self._thread.join(5.0)
 
     def _serve(self, options: dict[str, Any]) -> None:
         try:
@@ -151,3 +163,5 @@ class WandbMirror:
         except Exception as error:  # noqa: BLE001 - whatever breaks in there must not reach the run; it is said once
             self.failed = True
             print(f"wandb: mirror stopped, the run goes on: {type(error).__name__}: {error}", file=sys.stderr)
+            with contextlib.suppress(Exception):  # takes back wandb's exit hook, which would fail again and say so
+                sys.modules["wandb"].teardown()

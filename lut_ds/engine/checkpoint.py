@@ -13,13 +13,14 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -31,6 +32,13 @@ FORMAT = 1
 def step_name(step: int) -> str:
     """Folder name of a step."""
     return f"step_{step:08d}"
+
+
+def step_folders(folder: Path) -> list[Path]:
+    """Finished checkpoints in a folder, newest first; what else lies there is not ours."""
+    return sorted(
+        (p for p in folder.glob("step_*") if re.fullmatch(r"step_\d{8,}", p.name) and p.is_dir()), reverse=True
+    )
 
 
 class CheckpointStore:
@@ -57,7 +65,7 @@ class CheckpointStore:
         self.keep_last, self.keep_every, self.report = keep_last, keep_every, report
         if rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
-            for leftover in folder.glob(".step_*.partial"):
+            for leftover in [*folder.glob(".step_*.partial"), *folder.glob(".step_*.removed")]:
                 shutil.rmtree(leftover)
         dist.barrier()
 
@@ -104,7 +112,7 @@ class CheckpointStore:
                     {"format": FORMAT, "step": step, "world_size": self.world_size, "files": files},
                 )
                 if final.exists():  # a damaged one of the same step, or the run was rewound
-                    shutil.rmtree(final)
+                    self._remove(final)
                 os.replace(partial, final)
                 write_text_atomically(self.folder / "latest", final.name + "\n")
                 self._retire(step)
@@ -128,14 +136,20 @@ class CheckpointStore:
 
     def candidates(self) -> list[Path]:
         """Finished checkpoints, newest first."""
-        return sorted((p for p in self.folder.glob("step_*") if p.is_dir()), reverse=True)
+        return step_folders(self.folder)
 
     def _retire(self, newest: int) -> None:
         """Remove old checkpoints; only ever called after a newer one is complete."""
-        steps = sorted(int(p.name.removeprefix("step_")) for p in self.folder.glob("step_*") if p.is_dir())
+        steps = sorted(int(p.name.removeprefix("step_")) for p in step_folders(self.folder))
         for step in [s for s in steps if s <= newest][: -self.keep_last]:
             if self.keep_every is None or step % self.keep_every:
-                shutil.rmtree(self.folder / step_name(step))
+                self._remove(self.folder / step_name(step))
+
+    def _remove(self, path: Path) -> None:
+        """Remove a checkpoint; killed in the middle, it leaves no half of one under its name."""
+        aside = path.with_name(f".{path.name}.removed")
+        os.replace(path, aside)
+        shutil.rmtree(aside)
 
     def _all_ranks(self, step: int, action: Callable[[], Any]) -> list[Any]:
         """Run `action` on every rank; a failure on one is an error on all, so that nobody waits for the dead."""
@@ -175,14 +189,20 @@ def read_manifest(path: Path) -> dict[str, Any]:
         manifest = json.loads((path / "manifest.json").read_text())
     except (OSError, ValueError) as error:
         raise ValueError(f"manifest.json: {error}") from error
-    if (
-        not isinstance(manifest, dict)
-        or manifest.get("format") != FORMAT
-        or not isinstance(manifest.get("files"), dict)
-    ):
-        raise ValueError(
-            f"manifest.json: expected format {FORMAT}, found {manifest.get('format') if isinstance(manifest, dict) else manifest!r}"
-        )
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        found = manifest.get("format") if isinstance(manifest, dict) else manifest
+        raise ValueError(f"manifest.json: expected format {FORMAT}, found {found!r}")
+    files, world_size = manifest.get("files"), manifest.get("world_size")
+    if not isinstance(files, dict) or not isinstance(world_size, int):
+        raise ValueError("manifest.json: expected files and world_size")
+    expected = {"state.json", "shared.safetensors", *(f"rank_{rank:05d}.safetensors" for rank in range(world_size))}
+    if different := expected ^ set(files):
+        raise ValueError(f"manifest.json: expected the files of {world_size} ranks, {min(different)} differs")
+    for name, entry in files.items():
+        if not (
+            isinstance(entry, dict) and isinstance(entry.get("size"), int) and isinstance(entry.get("sha256"), str)
+        ):
+            raise ValueError(f"manifest.json: expected size and sha256 of {name}, found {entry!r}")
     return manifest
 
 
@@ -193,13 +213,25 @@ def verify(path: Path, part: int = 0, parts: int = 1) -> str | None:
     except ValueError as error:
         return str(error)
     for index, (name, expected) in enumerate(sorted(manifest["files"].items())):
-        file = path / name
-        if not file.is_file():
-            return f"{name}: missing"
-        if file.stat().st_size != expected["size"]:
-            return f"{name}: expected {expected['size']} bytes, found {file.stat().st_size}"
-        if index % parts == part and describe_file(file)["sha256"] != expected["sha256"]:
-            return f"{name}: content does not match its SHA-256"
+        try:
+            problem = _verify_file(path / name, expected, index % parts == part)
+        except (OSError, SafetensorError) as error:
+            problem = str(error)
+        if problem:
+            return f"{name}: {problem}"
+    return None
+
+
+def _verify_file(file: Path, expected: dict[str, Any], whole: bool) -> str | None:
+    if not file.is_file():
+        return "missing"
+    if file.stat().st_size != expected["size"]:
+        return f"expected {expected['size']} bytes, found {file.stat().st_size}"
+    if whole and describe_file(file)["sha256"] != expected["sha256"]:
+        return "content does not match its SHA-256"
+    if whole and file.suffix == ".safetensors":
+        with safe_open(file, "pt"):  # raises for anything else, such as a pickle
+            return None
     return None
 
 

@@ -13,7 +13,8 @@ from typing import Any
 from lut_ds.config import Recipe
 from lut_ds.errors import UserError
 
-# Allowed keys; a dict is a nested section, None a value. ds_configs/README.md explains each.
+# Allowed keys: a dict is a nested section; a type or the allowed values say what DeepSpeed itself would take unseen or end on
+# in a stack trace; None leaves the value to DeepSpeed's own check. ds_configs/README.md explains each.
 SCHEMA: dict[str, Any] = {
     "zero_optimization": dict.fromkeys(
         [
@@ -40,15 +41,20 @@ SCHEMA: dict[str, Any] = {
             "memory_efficient_linear",
         ]
     ),
-    "communication_data_type": None,
-    "prescale_gradients": None,
-    "gradient_predivide_factor": None,
-    "comms_logger": dict.fromkeys(["enabled", "verbose", "prof_all", "debug", "prof_ops"]),
-    "flops_profiler": dict.fromkeys(
-        ["enabled", "profile_step", "module_depth", "top_modules", "detailed", "output_file"]
-    ),
-    "wall_clock_breakdown": None,
-    "memory_breakdown": None,
+    "communication_data_type": ("fp32", "bf16", "fp16"),
+    "prescale_gradients": bool,
+    "gradient_predivide_factor": float,
+    "comms_logger": {"enabled": bool, "verbose": bool, "prof_all": bool, "debug": bool, "prof_ops": list},
+    "flops_profiler": {
+        "enabled": bool,
+        "profile_step": int,
+        "module_depth": int,
+        "top_modules": int,
+        "detailed": bool,
+        "output_file": str,
+    },
+    "wall_clock_breakdown": bool,
+    "memory_breakdown": bool,
 }
 
 # Keys of DeepSpeed that the recipe decides.
@@ -90,9 +96,11 @@ def load_ds_config(recipe: Recipe) -> dict[str, Any]:
             f"train.deepspeed: no DeepSpeed configuration {name!r}; expected a .json file or one of {', '.join(sorted(shipped))}"
         )
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_text(), object_pairs_hook=_unique_keys)
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not readable as JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: expected a mapping, found {config!r}")
     config = _merge(config, recipe.train.deepspeed_override)
     _check_keys(config, SCHEMA, path.name)
     _check_values(config, recipe, path.name)
@@ -121,6 +129,13 @@ def resolve_ds_config(config: dict[str, Any], recipe: Recipe, micro_batch: int, 
     return resolved
 
 
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    if twice := next((key for key in keys if keys.count(key) > 1), None):
+        raise ValueError(f"key {twice} is given twice")
+    return dict(pairs)
+
+
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in over.items():
@@ -142,6 +157,24 @@ def _check_keys(config: dict[str, Any], schema: dict[str, Any], origin: str, pre
             if not isinstance(value, dict):
                 raise UserError(f"DeepSpeed configuration {origin}: {key}: expected a mapping, found {value!r}")
             _check_keys(value, schema[key], origin, f"{prefix}{key}.")
+        elif (expected := _misfit(value, schema[key])) is not None:
+            raise UserError(f"DeepSpeed configuration {origin}: {prefix}{key}: expected {expected}, found {value!r}")
+
+
+def _misfit(value: Any, kind: Any) -> str | None:
+    """What was expected, if `value` is not of the kind that SCHEMA names."""
+    if isinstance(kind, tuple):
+        return None if value in kind else f"one of {', '.join(kind)}"
+    flag = isinstance(value, bool)
+    fits, expected = {
+        None: (True, ""),
+        bool: (flag, "true or false"),
+        int: (isinstance(value, int) and not flag, "a whole number"),
+        float: (isinstance(value, int | float) and not flag and value > 0, "a number above 0"),
+        list: (isinstance(value, list | tuple), "a list"),
+        str: (isinstance(value, str), "text"),
+    }[kind]
+    return None if fits else expected
 
 
 def _check_values(config: dict[str, Any], recipe: Recipe, origin: str) -> None:
@@ -165,6 +198,11 @@ def _check_values(config: dict[str, Any], recipe: Recipe, origin: str) -> None:
         raise UserError(
             f"DeepSpeed configuration {origin}: zero_optimization.memory_efficient_linear must be false: "
             "it gives wrong gradients with torch.compile"
+        )
+    if config.get("gradient_predivide_factor", 1.0) != 1.0 and stage > 0 and zero.get("reduce_scatter", True):
+        raise UserError(
+            f"DeepSpeed configuration {origin}: gradient_predivide_factor other than 1.0 needs "
+            "zero_optimization.reduce_scatter=false"
         )
     if stage == 0 and recipe.precision.compute == "bf16":
         raise UserError(

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lut_ds.errors import UserError
+from lut_ds.errors import RunFault, UserError
 
 # deepspeed.accelerator.real_accelerator's list; checked here because DeepSpeed's own error is a stack trace.
 ACCELERATORS = ("cuda", "cpu", "xpu", "npu", "mps", "hpu", "mlu", "sdaa", "supa", "klxpu")
@@ -56,19 +56,19 @@ def slurm_environment(env: Mapping[str, str]) -> dict[str, str]:
 
 
 def first_host(nodelist: str) -> str:
-    """First host of a Slurm node list: `scontrol` where it is installed, else the simple forms `a`, `a,b`, `n[3-5,9]`."""
+    """First host of a Slurm node list such as `a`, `a,b`, `n[3-5,9]-ib`: `scontrol` where it is installed, else our reading."""
     try:
         shown = subprocess.run(
             ["scontrol", "show", "hostnames", nodelist], capture_output=True, text=True, check=True, timeout=30
         )
         return shown.stdout.split()[0]
     except (FileNotFoundError, subprocess.SubprocessError, IndexError):
-        match = re.match(r"([^\[,]+)(?:\[(\d+))?([^\],-]*)", nodelist)
-        if match is None:
+        first = re.match(r"(?:[^\[\],]|\[\d[^\]]*\])+", nodelist)
+        if first is None or nodelist.startswith("["):
             raise UserError(
                 f"Slurm: expected a node list in SLURM_STEP_NODELIST, found {nodelist!r}; set MASTER_ADDR"
             ) from None
-        return match[1] + (match[2] or "")
+        return re.sub(r"\[(\d+)[^\]]*\]", r"\1", first[0])
 
 
 def check_accelerator() -> str:
@@ -106,11 +106,21 @@ def discover_ranks() -> Ranks:
     elif found := slurm_environment(os.environ):
         os.environ.update(found)
         launcher = "srun"
+    elif alone := {"RANK", "WORLD_SIZE"} & set(os.environ):
+        missing = ({"RANK", "WORLD_SIZE"} - alone).pop()
+        raise UserError(
+            f"launch: environment variable {missing}: expected beside {alone.pop()}, found none; start through torchrun, "
+            "deepspeed or srun, or unset the other for a lone process"
+        )
     else:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         launcher = "none"
     rank, world_size = _integer("RANK"), _integer("WORLD_SIZE")
+    if rank >= world_size:
+        raise UserError(f"launch: RANK: expected less than WORLD_SIZE {world_size}, found {rank}; correct the launcher")
+    if world_size > 1:
+        _check_meeting_point()
     os.environ.setdefault("LOCAL_RANK", str(rank % max(torch.cuda.device_count(), 1)))
     local_rank = _integer("LOCAL_RANK")
     if accelerator == "cuda" and local_rank >= torch.cuda.device_count():
@@ -125,11 +135,30 @@ def discover_ranks() -> Ranks:
 
 def _integer(name: str) -> int:
     value = os.environ.get(name, "")
-    if not value.isdigit():
+    if not (value.isascii() and value.isdigit()):
         raise UserError(
             f"launch: environment variable {name}: expected a number, found {value!r}; start through torchrun, deepspeed or srun"
         )
     return int(value)
+
+
+def _check_meeting_point() -> None:
+    """Refuse what torch would wait for, half an hour, or end on in a stack trace."""
+    address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+    if not (port.isascii() and port.isdigit() and 0 < int(port) < 65536):
+        raise UserError(
+            f"launch: MASTER_PORT: expected a port number, found {port!r}; set it to a free port of rank 0's node"
+        )
+    try:
+        found = bool(address) and bool(socket.getaddrinfo(address, int(port)))
+    except (OSError, UnicodeError):
+        found = False
+    if not found:
+        raise UserError(
+            f"launch: MASTER_ADDR: expected a host that resolves on {socket.gethostname()}, found {address!r}; set it to "
+            "rank 0's node",
+            this_rank=True,
+        )
 
 
 @contextmanager
@@ -140,6 +169,7 @@ def process_group(ranks: Ranks, timeout_minutes: float = 30.0) -> Iterator[None]
 
     Raises:
         UserError: the rendezvous port is taken.
+        RunFault: the ranks did not meet in time.
     """
     import deepspeed
 
@@ -158,6 +188,12 @@ def process_group(ranks: Ranks, timeout_minutes: float = 30.0) -> Iterator[None]
             where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             raise UserError(
                 f"launch: port in use: {where}; another run listens there, set MASTER_PORT to a free port"
+            ) from error
+        if isinstance(error, dist.DistError):
+            where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            raise RunFault(
+                f"launch: the {ranks.world_size} ranks did not meet at {where} within {timeout_minutes:g} minutes: "
+                f"{str(error).splitlines()[0]} See that all ranks were started and can reach that address"
             ) from error
         raise
     try:
