@@ -183,7 +183,7 @@ class Train(Section):
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass."""
     compile: bool | Literal["auto"] = "auto"
-    """torch.compile of the blocks; `auto`: on a GPU."""
+    """torch.compile of the blocks (with ZeRO-3 the teacher's only); `auto`: on a GPU."""
 
 
 class Precision(Section):
@@ -202,6 +202,8 @@ class Run(Section):
     """Run folder; null: runs/<recipe>. A folder that holds a run of the same recipe is continued."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of initialisation, order, views and masks."""
+    deterministic: bool = False
+    """On a GPU, only kernels that repeat to the bit (slower; an operator that has none is an error). CPUs always repeat."""
     log_every: Positive = 10
     """Steps between writes of metrics (every step is recorded)."""
     save_every: Positive | None = None

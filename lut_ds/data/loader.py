@@ -84,8 +84,11 @@ class PretrainLoader:
         self._streams.append(stream)
         try:
             for epoch, samples, views in stream:
-                noise = uniforms32(self._seed, epoch, samples, STREAM_MASK, self._num_patches)
-                yield Batch(views, torch.from_numpy(noise).to(self._device), samples)
+                noise = torch.from_numpy(uniforms32(self._seed, epoch, samples, STREAM_MASK, self._num_patches))
+                if self._device.type == "cuda":
+                    # From pageable memory the copy would wait for everything queued on the device.
+                    noise = noise.pin_memory().to(self._device, non_blocking=True)
+                yield Batch(views, noise, samples)
         finally:
             stream.close()
             self._streams.remove(stream)

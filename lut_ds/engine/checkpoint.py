@@ -101,6 +101,7 @@ class CheckpointStore:
                 write_json(partial / "state.json", {"step": step, **state})
             for name, (tensors, strings) in files.items():
                 save_file(tensors, partial / name, strings or None)  # no tensors with empty metadata is not readable
+                open_to_readers(partial / name)
             names = [*files, *(["state.json"] if self.rank == 0 else [])]
             return {name: describe_file(partial / name) for name in names}
 
@@ -114,6 +115,7 @@ class CheckpointStore:
                 if final.exists():  # a damaged one of the same step, or the run was rewound
                     self._remove(final)
                 os.replace(partial, final)
+                sync_folder(self.folder)
                 write_text_atomically(self.folder / "latest", final.name + "\n")
                 self._retire(step)
 
@@ -124,7 +126,10 @@ class CheckpointStore:
 
     def newest_valid(self) -> Path | None:
         """The newest checkpoint whose every file has the size and hash its manifest names; damaged ones are reported."""
-        for path in self.candidates():
+        # Listings of a shared file system can differ between nodes for a while: all ranks go by rank 0's.
+        listed: list[list[Path]] = [self.candidates()]
+        dist.broadcast_object_list(listed, src=0)
+        for path in listed[0]:
             problem = verify(path, self.rank, self.world_size)
             problems: list[str | None] = [None] * self.world_size
             dist.all_gather_object(problems, problem)
@@ -177,6 +182,22 @@ def describe_file(path: Path) -> dict[str, Any]:
         os.fsync(file.fileno())
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return {"size": path.stat().st_size, "sha256": digest}
+
+
+def open_to_readers(path: Path) -> None:
+    """Give a file the permissions that the user's umask asks for; safetensors writes 0600."""
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)
+
+
+def sync_folder(path: Path) -> None:
+    """Wait until the names in a folder are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

@@ -115,8 +115,9 @@ def resolve_ds_config(config: dict[str, Any], recipe: Recipe, micro_batch: int, 
         "gradient_accumulation_steps": accumulation,
         # DeepSpeed clips at 1.0 unless told otherwise.
         "gradient_clipping": recipe.optim.clip_grad or 0.0,
-        # Progress and speed are reported by us.
+        # Progress and speed are reported by us; DeepSpeed's speed meter waits for the device around every micro-batch.
         "steps_per_print": None,
+        "timers": {"throughput": {"enabled": False}},
         # GuardedAdamW is torch's AdamW; DeepSpeed's list of tested optimizers compares exact types.
         "zero_allow_untested_optimizer": True,
     }

@@ -47,12 +47,18 @@ def slurm_environment(env: Mapping[str, str]) -> dict[str, str]:
     found = {
         "RANK": env["SLURM_PROCID"],
         "WORLD_SIZE": env["SLURM_STEP_NUM_TASKS"],
-        "LOCAL_RANK": env.get("SLURM_LOCALID", "0"),
+        "LOCAL_RANK": "0" if _one_device_visible(env) else env.get("SLURM_LOCALID", "0"),
     }
     nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "")
     found["MASTER_ADDR"] = env.get("MASTER_ADDR") or first_host(nodes)
     found["MASTER_PORT"] = env.get("MASTER_PORT") or str(20000 + int(env.get("SLURM_JOB_ID", "0")) % 20000)
     return found
+
+
+def _one_device_visible(env: Mapping[str, str]) -> bool:
+    """Whether Slurm shows this task its own GPU alone, which is then number 0 whatever the task's number."""
+    bound = "SLURM_GPUS_PER_TASK" in env or env.get("SLURM_GPU_BIND", "").startswith(("single", "per_task"))
+    return bound and len(env.get("CUDA_VISIBLE_DEVICES", "0,1").split(",")) == 1
 
 
 def first_host(nodelist: str) -> str:
@@ -199,8 +205,16 @@ def process_group(ranks: Ranks, timeout_minutes: float = 30.0) -> Iterator[None]
     try:
         yield
         dist.barrier()
+    except UserError:
+        raise  # the same on every rank: all leave together
+    except BaseException:
+        if ranks.device.type == "cuda" and ranks.world_size > 1:
+            # The other ranks may be inside a collective, for which NCCL's orderly shutdown would wait.
+            dist.distributed_c10d._abort_process_group()
+        raise
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def _quieten(deepspeed: Any) -> None:

@@ -49,7 +49,8 @@ class Trainer:
         )
         synchronise_batch_norm(student, ranks.world_size)
         if recipe.train.compile is True or (recipe.train.compile == "auto" and ranks.device.type == "cuda"):
-            compile_blocks(student, self.teacher)
+            # ZeRO-3's hooks are traced into the student's blocks, with a graph for each: more recompiles than torch allows.
+            compile_blocks(None if self.stage == 3 else student, self.teacher)
         groups = parameter_groups(student.named_parameters(), recipe.optim.weight_decay)
         client = GuardedAdamW(groups, lr=0.0, betas=recipe.optim.betas, eps=recipe.optim.eps)
         fp32_buffers = {name: buffer.clone() for name, buffer in student.named_buffers()}
@@ -86,8 +87,7 @@ class Trainer:
         """
         before = [buffer.clone() for buffer in self._batch_norm]
         total = torch.zeros(len(self.metric_names), device=self.device)
-        micro_batches = list(batches)
-        for index, batch in enumerate(micro_batches):
+        for index, batch in enumerate(batches):
             losses = self._backward(batch)
             total += torch.stack([losses[name].detach().float() for name in self.metric_names])
             if index == self.accumulation - 1:

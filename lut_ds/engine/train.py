@@ -123,7 +123,7 @@ def _loop(
 
 
 def _set_up_process(recipe: Recipe, ranks: Ranks) -> None:
-    """Threads and determinism of this process: the same seed and world size give the same bits."""
+    """Threads and determinism of this process: on CPUs, and with `run.deterministic`, the same seed gives the same bits."""
     if ranks.device.type == "cpu":
         local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("SLURM_NTASKS_PER_NODE", "1")))
         if "OMP_NUM_THREADS" not in os.environ:
@@ -131,7 +131,7 @@ def _set_up_process(recipe: Recipe, ranks: Ranks) -> None:
     else:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.backends.cuda.matmul.allow_tf32 = recipe.precision.compute == "bf16"
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.use_deterministic_algorithms(recipe.run.deterministic or ranks.device.type == "cpu")
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 

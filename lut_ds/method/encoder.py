@@ -41,7 +41,11 @@ class RowPatchEmbed(PatchEmbed):
 def run_blocks(blocks: nn.Sequential, x: Tensor, checkpointing: bool) -> Tensor:
     """Apply transformer blocks; with `checkpointing` each block is recomputed in the backward pass."""
     for block in blocks:
-        x = checkpoint(block, x, use_reentrant=False) if checkpointing and torch.is_grad_enabled() else block(x)
+        x = (
+            checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)
+            if checkpointing and torch.is_grad_enabled()
+            else block(x)
+        )
     return x
 
 

@@ -28,9 +28,12 @@ def cases(world_size: int) -> dict[str, dict]:
         tree = tiny_tree(deepspeed=f"zero{stage}", micro_batch=micro)
         tree["precision"] = {"compute": "bf16", "teacher": "bf16"}
         trees[f"bf16_zero{stage}"] = tree
+    for name in ("fp32_zero3", "bf16_zero3", "checkpointing_zero3"):
+        # Nothing is small enough to stay gathered: every weight is fetched and released.
+        tree = trees.setdefault(name, tiny_tree(deepspeed="zero3", micro_batch=micro, activation_checkpointing=True))
+        tree["train"]["deepspeed_override"] = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
     trees["mae_zero1"] = tiny_tree(deepspeed="zero1", micro_batch=micro)
     trees["mae_zero1"]["method"] = {"name": "mae"}
-    trees["checkpointing_zero3"] = tiny_tree(deepspeed="zero3", micro_batch=micro, activation_checkpointing=True)
     trees["clip_zero2"] = tiny_tree(deepspeed="zero2", micro_batch=micro)
     trees["clip_zero2"]["optim"]["clip_grad"] = 0.5
     return trees
