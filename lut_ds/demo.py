@@ -90,7 +90,7 @@ def _prepare(recipe: Recipe) -> tuple[Recipe, Path, str]:
         return recipe, folder, Path(recipe.data.path).name
     recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"path": str(folder / "data")})})
     if not (folder / "recipe.yaml").is_file():
-        open_run_folder(folder, recipe)  # a folder that holds data alone would not pass for a run
+        open_run_folder(folder, recipe).close()  # a folder that holds data alone would not pass for a run
     write_digits(folder / "data", recipe.model.image_size)
     return recipe, folder, "handwritten digits"
 

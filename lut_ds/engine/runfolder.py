@@ -1,6 +1,9 @@
 """The run folder: resolved recipe, environment, metrics, checkpoints; and whether it may be continued."""
 
+import errno
+import fcntl
 import json
+import os
 import platform
 import shlex
 import shutil
@@ -10,7 +13,7 @@ import time
 import uuid
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import yaml
 
@@ -49,11 +52,15 @@ def run_folder(recipe: Recipe, recipe_name: str) -> Path:
     return Path(recipe.run.dir) if recipe.run.dir else Path("runs") / Path(recipe_name).stem
 
 
-def open_run_folder(folder: Path, recipe: Recipe) -> None:
+def open_run_folder(folder: Path, recipe: Recipe) -> TextIO:
     """Create the folder, or check that it holds a run of the same recipe; write the resolved recipe and environment.
 
+    Returns:
+        The folder's lock: it is ours until this is closed, or the process ends.
+
     Raises:
-        UserError: it holds something else, or a run of another recipe (the first differing key is named).
+        UserError: it holds something else, a run of another recipe (the first differing key is named), or a run that is
+            going on.
     """
     stored = folder / "recipe.yaml"
     if stored.is_file():
@@ -64,11 +71,34 @@ def open_run_folder(folder: Path, recipe: Recipe) -> None:
         )
     try:
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        lock = _claim(folder)
         write_text_atomically(stored, yaml.safe_dump(json.loads(recipe.model_dump_json()), sort_keys=False))
         with (folder / "environment.jsonl").open("a") as file:
             file.write(json.dumps(environment()) + "\n")
     except OSError as error:
         raise UserError(f"run.dir: {folder} cannot be written: {error}; name another folder") from error
+    return lock
+
+
+def _claim(folder: Path) -> TextIO:
+    """Lock a run folder; the system releases it when the process ends, however it ends."""
+    file = (folder / ".lock").open("a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        owner = file.read().strip()
+        file.close()
+        raise UserError(
+            f"run.dir: {folder} is in use by {owner or 'another process'}; wait for it, or name another folder"
+        ) from None
+    except OSError as error:
+        if error.errno != errno.ENOLCK:  # a file system without locks: go on without
+            raise
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}\n")
+    file.flush()
+    return file
 
 
 def _check_same(folder: Path, stored: Path, recipe: Recipe) -> None:

@@ -2,6 +2,8 @@
 
 import itertools
 import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -73,8 +75,7 @@ def pretrain(recipe: Recipe, recipe_name: str) -> Outcome:
     micro_batch, accumulation = split_batch(recipe.train.global_batch, recipe.train.micro_batch, ranks.world_size)
     source = open_source(recipe)
     folder = run_folder(recipe, recipe_name)
-    with process_group(ranks), listen() as stop:
-        _on_main(ranks, lambda: open_run_folder(folder, recipe))
+    with process_group(ranks), listen() as stop, _on_main(ranks, lambda: open_run_folder(folder, recipe)):
         loader = PretrainLoader(
             source,
             view_specs(recipe),
@@ -135,14 +136,16 @@ def _set_up_process(recipe: Recipe, ranks: Ranks) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
-def _on_main(ranks: Ranks, action: Any) -> None:
-    """Run `action` on rank 0; its user error is every rank's, so that none waits for the others."""
+def _on_main(ranks: Ranks, action: Callable[[], AbstractContextManager[Any]]) -> AbstractContextManager[Any]:
+    """What `action` opens on rank 0, nothing elsewhere; its user error is every rank's, so that none waits for the others."""
     problem: list[str | None] = [None]
+    opened: AbstractContextManager[Any] = nullcontext()
     if ranks.main:
         try:
-            action()
+            opened = action()
         except UserError as error:
             problem = [str(error)]
     dist.broadcast_object_list(problem, src=0)
     if problem[0] is not None:
         raise UserError(problem[0])
+    return opened
