@@ -325,7 +325,8 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
     if not separator or len(parts) < 2 or not all(parts):
         raise UserError(f"override {override!r}: expected section.key=value, e.g. optim.blr=1e-4")
     try:
-        value = _number(yaml.load(text, _UniqueKeys))  # noqa: S506 - a SafeLoader
+        plain = key.strip() in TEXT and text.strip() not in ("", "null", "~") and text.strip()[0] not in "'\""
+        value = text.strip() if plain else _number(yaml.load(text, _UniqueKeys))  # noqa: S506 - a SafeLoader
     except (yaml.YAMLError, RecursionError) as error:
         raise UserError(f"override {override!r}: value is not YAML: {' '.join(str(error).split())}") from error
     node = tree
@@ -355,13 +356,19 @@ def recipe_keys() -> list[str]:
     return [f"{name}.{key}" for name, section in sections.items() for key in section.model_fields]  # type: ignore[union-attr]
 
 
-def _coerce(node: Any) -> Any:
+def _coerce(node: Any, where: str = "") -> Any:
     """YAML has no tuples and reads 1e-4 as text: make both what strict validation expects."""
     if isinstance(node, dict):
-        return {key: _coerce(value) for key, value in node.items()}
+        return {key: _coerce(value, f"{where}.{key}" if where else str(key)) for key, value in node.items()}
+    if where in TEXT:
+        return os.path.expanduser(node) if isinstance(node, str) else node
     if isinstance(node, list):
         return tuple(_coerce(value) for value in node)
     return _number(node)
+
+
+# Values that are text whatever they look like: YAML would read 2024 as a number and `/a #b` as /a.
+TEXT = ("data.path", "run.dir", "run.wandb_project", "train.deepspeed")
 
 
 def _number(value: Any) -> Any:
@@ -378,7 +385,9 @@ def _describe(error: Any) -> str:
     where = ".".join(str(part) for part in error["loc"] if part not in ("bool", "int"))
     found = error.get("input")
     if error["type"] == "extra_forbidden":
-        candidates = recipe_keys() if "." in where else list(Recipe.model_fields)
+        sections = {name: field.annotation.model_fields for name, field in Recipe.model_fields.items()}  # type: ignore[union-attr]
+        owners = [name for name, fields in sections.items() if isinstance(found, dict) and set(found) <= set(fields)]
+        candidates = recipe_keys() if "." in where else owners or list(sections)
         return f"unknown key {where}{_nearest(where, candidates)}"
     if error["type"] == "value_error":
         return f"{where}: {error['ctx']['error']}" if where else str(error["ctx"]["error"])

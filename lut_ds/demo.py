@@ -62,6 +62,15 @@ def run_demo(overrides: Sequence[str]) -> tuple[dict[str, Any], str]:
         raise UserError("demo: expected one process, found WORLD_SIZE above 1; start it without a launcher")
     recipe, folder, subject = _prepare(load_recipe("demo", overrides))
     train, val = (ImageFolder(str(recipe.data.path), split) for split in ("train", "val"))
+    if not train.classes or train.classes != val.classes:
+        raise UserError(
+            f"data.path: {recipe.data.path}: the demo's k-NN needs the same class folders in train and val, found "
+            f"{train.classes[:3]}... and {val.classes[:3]}...; check both folders"
+        )
+    if max(KS) > len(train):
+        raise UserError(
+            f"data.path: {recipe.data.path}: expected at least {max(KS)} training images, found {len(train)}"
+        )
     _say(f"1/4 data: {len(train):,} training and {len(val):,} held-out images in {recipe.data.path}")
     _say(f"2/4 pre-training in {folder}; interrupt at any time, the same command continues")
     outcome = pretrain(recipe, "demo")

@@ -27,7 +27,10 @@ class MetricsLog:
         self.path = path
         kept = [record for record in read_metrics(path) if record["step"] <= resume_step]
         aside = path.with_name(f".{path.name}.{os.getpid()}")
-        aside.write_text("".join(_line(record) for record in kept))
+        with aside.open("w") as file:
+            file.writelines(_line(record) for record in kept)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(aside, path)
         self._file = path.open("a")
 
@@ -36,10 +39,14 @@ class MetricsLog:
         self._file.write("".join(map(_line, records)))
         self._file.flush()
 
-    def close(self) -> None:
+    def sync(self) -> None:
         """Wait until everything is on the disk."""
         self._file.flush()
         os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Wait until everything is on the disk, and close the file."""
+        self.sync()
         self._file.close()
 
 

@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lut_ds.errors import RunFault
+from lut_ds.errors import RunFault, UserError
 
 FORMAT = 1
 
@@ -137,6 +137,12 @@ class CheckpointStore:
                 return path
             if self.rank == 0:
                 self.report(f"checkpoint {path.name} is damaged and passed over: {next(p for p in problems if p)}")
+        if listed[0]:
+            # Starting over would empty metrics.jsonl and write over what may still be repaired.
+            raise UserError(
+                f"checkpoint: {self.folder}: all {len(listed[0])} checkpoints are damaged, the newest is {listed[0][0].name}; "
+                "restore one, or move the step_* folders away to start from step 0"
+            )
         return None
 
     def candidates(self) -> list[Path]:

@@ -19,6 +19,8 @@ from lut_ds.errors import RunFault, UserError
 # deepspeed.accelerator.real_accelerator's list; checked here because DeepSpeed's own error is a stack trace.
 ACCELERATORS = ("cuda", "cpu", "xpu", "npu", "mps", "hpu", "mlu", "sdaa", "supa", "klxpu")
 SUPPORTED_ACCELERATORS = ("cuda", "cpu")
+# What gloo and NCCL say in a collective when another rank has ended.
+LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
 
 
 @dataclass(frozen=True)
@@ -207,10 +209,14 @@ def process_group(ranks: Ranks, timeout_minutes: float = 30.0) -> Iterator[None]
         dist.barrier()
     except UserError:
         raise  # the same on every rank: all leave together
-    except BaseException:
+    except BaseException as error:
         if ranks.device.type == "cuda" and ranks.world_size > 1:
             # The other ranks may be inside a collective, for which NCCL's orderly shutdown would wait.
             dist.distributed_c10d._abort_process_group()
+        if isinstance(error, RuntimeError) and any(words in str(error) for words in LOST_PEER):
+            raise RunFault(
+                f"launch: rank {ranks.rank} lost another rank, whose own message says why; the last good checkpoint is intact"
+            ) from error
         raise
     finally:
         if dist.is_initialized():

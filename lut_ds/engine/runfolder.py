@@ -18,8 +18,8 @@ from typing import Any, TextIO
 import yaml
 
 from lut_ds.config import Recipe
-from lut_ds.engine.checkpoint import write_text_atomically
-from lut_ds.errors import UserError
+from lut_ds.engine.checkpoint import step_folders, write_text_atomically
+from lut_ds.errors import RunFault, UserError
 
 # What may differ between a run and its continuation: how it is distributed, watched and stopped, not what is learned.
 FREE = {
@@ -64,8 +64,9 @@ def open_run_folder(folder: Path, recipe: Recipe) -> TextIO:
     """
     stored = folder / "recipe.yaml"
     if stored.is_file():
-        _check_same(folder, stored, recipe)
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if _began(folder):  # a run that was refused before its first step holds nothing to protect
+            _check_same(folder, stored, recipe)
+    elif folder.exists() and (not folder.is_dir() or _strangers(folder)):
         raise UserError(
             f"run.dir: {folder} exists and is no run folder (it has no recipe.yaml); name a new or empty folder"
         )
@@ -76,8 +77,24 @@ def open_run_folder(folder: Path, recipe: Recipe) -> TextIO:
         with (folder / "environment.jsonl").open("a") as file:
             file.write(json.dumps(environment()) + "\n")
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise RunFault(f"run.dir: {folder}: disk full: {error}; free space and run again") from error
         raise UserError(f"run.dir: {folder} cannot be written: {error}; name another folder") from error
     return lock
+
+
+def _began(folder: Path) -> bool:
+    """Whether a run left anything there that another recipe would damage: a recorded step or a checkpoint."""
+    metrics = folder / "metrics.jsonl"
+    return (metrics.is_file() and metrics.stat().st_size > 0) or bool(step_folders(folder / "checkpoints"))
+
+
+def _strangers(folder: Path) -> bool:
+    """Whether a folder without a recipe holds more than what opening it, cut short, leaves behind."""
+    ours = {"checkpoints", ".lock"}
+    return _began(folder) or any(
+        p.name not in ours and not p.name.startswith(".recipe.yaml.") for p in folder.iterdir()
+    )
 
 
 def _claim(folder: Path) -> TextIO:
@@ -93,7 +110,11 @@ def _claim(folder: Path) -> TextIO:
             f"run.dir: {folder} is in use by {owner or 'another process'}; wait for it, or name another folder"
         ) from None
     except OSError as error:
-        if error.errno != errno.ENOLCK:  # a file system without locks: go on without
+        if error.errno not in (
+            errno.ENOLCK,
+            errno.ENOSYS,
+            errno.EOPNOTSUPP,
+        ):  # a file system without locks: go on without
             raise
     file.truncate(0)
     file.write(f"process {os.getpid()} on {platform.node()}\n")

@@ -3,10 +3,10 @@
 import itertools
 import os
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,7 +21,9 @@ from lut_ds.engine.schedules import ema_decay_at, lr_at, peak_lr
 from lut_ds.engine.signals import StopRequest, listen
 from lut_ds.engine.step import Trainer, split_batch
 from lut_ds.engine.watch import Outcome, Watch
-from lut_ds.errors import UserError
+from lut_ds.errors import RunFault, UserError
+
+T = TypeVar("T")
 
 
 class Schedule:
@@ -73,9 +75,12 @@ def pretrain(recipe: Recipe, recipe_name: str) -> Outcome:
     ranks = discover_ranks()
     _set_up_process(recipe, ranks)
     micro_batch, accumulation = split_batch(recipe.train.global_batch, recipe.train.micro_batch, ranks.world_size)
-    source = open_source(recipe)
+    _check_batch_norm(recipe, micro_batch * ranks.world_size)
     folder = run_folder(recipe, recipe_name)
-    with process_group(ranks), listen() as stop, _on_main(ranks, lambda: open_run_folder(folder, recipe)):
+    with process_group(ranks), listen() as stop, ExitStack() as opened:
+        source = _on_all(lambda: open_source(recipe))
+        _on_all(lambda: opened.enter_context(open_run_folder(folder, recipe)) if ranks.main else None)
+        _same_everywhere(len(source))
         loader = PretrainLoader(
             source,
             view_specs(recipe),
@@ -136,16 +141,38 @@ def _set_up_process(recipe: Recipe, ranks: Ranks) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
-def _on_main(ranks: Ranks, action: Callable[[], AbstractContextManager[Any]]) -> AbstractContextManager[Any]:
-    """What `action` opens on rank 0, nothing elsewhere; its user error is every rank's, so that none waits for the others."""
-    problem: list[str | None] = [None]
-    opened: AbstractContextManager[Any] = nullcontext()
-    if ranks.main:
-        try:
-            opened = action()
-        except UserError as error:
-            problem = [str(error)]
-    dist.broadcast_object_list(problem, src=0)
-    if problem[0] is not None:
-        raise UserError(problem[0])
-    return opened
+def _check_batch_norm(recipe: Recipe, images: int) -> None:
+    """Refuse batch norm over one image: its variance is 0."""
+    method = recipe.method
+    hidden = max(method.projector_depth, method.predictor_depth) > 1
+    if method.name == "lut" and method.head_norm == "bn" and hidden and images < 2:
+        raise UserError(
+            "train.micro_batch: batch norm in the heads needs at least 2 images over all ranks, found 1; raise it, or set "
+            "method.head_norm=ln"
+        )
+
+
+def _on_all(action: Callable[[], T]) -> T:
+    """Run `action` on every rank; the error of one is every rank's, so that none waits for the others."""
+    result, problem = None, None
+    try:
+        result = action()
+    except (UserError, RunFault) as error:
+        problem = (type(error), str(error))
+    problems: list[tuple[type[Exception], str] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    first = next((p for p in problems if p is not None), None)
+    if first is not None:
+        raise first[0](first[1])
+    return result  # type: ignore[return-value]  # no problem: the action returned
+
+
+def _same_everywhere(images: int) -> None:
+    """Refuse ranks that see different data: they would disagree about which step ends an epoch."""
+    found: list[int] = [0] * dist.get_world_size()
+    dist.all_gather_object(found, images)
+    if len(set(found)) > 1:
+        other = next(rank for rank, count in enumerate(found) if count != found[0])
+        raise UserError(
+            f"data.path: rank 0 finds {found[0]} images and rank {other} {found[other]}; give all nodes the same folder"
+        )

@@ -1,5 +1,6 @@
 """Everything around the steps: metrics, progress, trackers, checkpoints, speed; and how a run ended."""
 
+import math
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -16,7 +17,7 @@ from lut_ds.engine.checkpoint import CheckpointStore
 from lut_ds.engine.launch import Ranks
 from lut_ds.engine.runfolder import tracker_id
 from lut_ds.engine.step import Trainer
-from lut_ds.errors import RunFault
+from lut_ds.errors import RunFault, UserError
 from lut_ds.method.flops import step_flops
 from lut_ds.tracking import MetricsLog, Progress, WandbMirror
 
@@ -47,7 +48,8 @@ class Outcome:
 
     def as_dict(self) -> dict[str, Any]:
         """For `--json`."""
-        return asdict(self)
+        values = asdict(self)
+        return {**values, "loss": self.loss if self.loss is not None and math.isfinite(self.loss) else None}
 
 
 class StepRecorder:
@@ -105,8 +107,10 @@ class Watch:
         path = self._store.newest_valid()
         start = 0
         if path is not None:
+            stored = state.read_state(path)
+            self._check_epoch(stored)
             state.restore(trainer, path, self._ranks.rank)
-            start = self._resumed_from = int(state.read_state(path)["step"])
+            start = self._resumed_from = int(stored["step"])
         if self._ranks.main:
             self._open(start)
             if path is not None:
@@ -114,6 +118,15 @@ class Watch:
         self._started = self._flushed = time.monotonic()
         self._first = self._flushed_step = start
         return start
+
+    def _check_epoch(self, stored: dict[str, Any]) -> None:
+        """Refuse to continue on another amount of data: order and schedules are functions of it."""
+        per_epoch = round(stored["step"] / stored["epoch"]) if stored["epoch"] else self._per_epoch
+        if per_epoch != self._per_epoch:
+            raise UserError(
+                f"data.path: expected the data of this run, {per_epoch} steps an epoch, found {self._per_epoch}; "
+                "name the same images, or another run.dir"
+            )
 
     def _open(self, start: int) -> None:
         recipe, ranks = self._recipe, self._ranks
@@ -162,7 +175,7 @@ class Watch:
         if self._bad_steps >= 10:
             raise RunFault(
                 f"step {step}: {self._bad_steps} steps in a row had a non-finite loss or gradient; "
-                "lower optim.blr, or remove the newest checkpoints to go back further"
+                "start again in a new run.dir with a lower optim.blr, or remove the newest checkpoints to go back further"
             )
         return stop
 
@@ -180,6 +193,8 @@ class Watch:
 
     def save(self, step: int, trainer: Trainer) -> None:
         """Write a checkpoint of `step`."""
+        if self._log is not None:
+            self._log.sync()  # no checkpoint is ahead of the metrics, whatever fails
         own, metadata, shared = state.collect(trainer, self._ranks.rank)
         content = {
             "epoch": step / self._per_epoch,

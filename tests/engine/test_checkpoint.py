@@ -22,7 +22,7 @@ from safetensors import safe_open
 
 from lut_ds.engine.checkpoint import CheckpointStore, step_name, verify, write_text_atomically
 from lut_ds.engine.state import ShardReader
-from lut_ds.errors import RunFault
+from lut_ds.errors import RunFault, UserError
 from tests.engine.launching import ROOT, start_ranks
 
 FILES = ["rank_00000.safetensors", "shared.safetensors", "state.json", "manifest.json"]
@@ -202,7 +202,8 @@ def test_several_damaged_ones_are_all_named(run: Run) -> None:
     assert run.newest() == step_name(1)
     assert [line.split()[1] for line in run.said] == [step_name(3), step_name(2)]
     flip(run.folder / step_name(1) / FILES[0])
-    assert run.newest() is None
+    with pytest.raises(UserError, match=r"all 3 checkpoints are damaged, the newest is step_00000003"):
+        run.newest()  # starting over would write over what may still be repaired
 
 
 def test_a_damaged_one_is_written_anew(run: Run) -> None:
@@ -419,7 +420,7 @@ import os, sys
 import torch, torch.distributed as dist
 from pathlib import Path
 from lut_ds.engine.checkpoint import CheckpointStore
-from lut_ds.errors import RunFault
+from lut_ds.errors import RunFault, UserError
 
 folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
 dist.init_process_group("gloo")
@@ -439,7 +440,10 @@ if rank == 0:
         file.seek(-1, 2)
         file.write(b"!")
 dist.barrier()
-print("newest", store.newest_valid())
+try:
+    store.newest_valid()
+except UserError as error:
+    print("newest", error)
 dist.barrier()
 dist.destroy_process_group()
 """
@@ -453,7 +457,7 @@ def test_two_ranks_fail_and_judge_together(tmp_path: Path) -> None:
     for out, _ in outputs:
         assert "fault checkpoint of step 2 not written" in out
         assert "rank 1: " in out
-        assert "newest None" in out
+        assert "all 1 checkpoints are damaged" in out
     assert "said checkpoint step_00000001 is damaged" in outputs[0][0]
     assert "said" not in outputs[1][0]
     assert sorted(p.name for p in (tmp_path / "c").iterdir()) == ["latest", "step_00000001"]

@@ -55,6 +55,7 @@ def test_the_folder_holds_the_recipe_and_every_start(tmp_path: Path, recipe: Rec
 
 def test_what_is_learned_cannot_change_and_the_rest_can(tmp_path: Path, recipe: Recipe) -> None:
     open_run_folder(tmp_path / "run", recipe).close()
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1}\n')
     tree = tiny_tree(micro_batch=4, max_steps=3)
     tree["run"] = {"log_every": 3}
     open_run_folder(tmp_path / "run", parse_recipe(tree, "other")).close()
