@@ -257,5 +257,5 @@ def reconstruction_loss(
     scale, shift = affine(pixels, mean, std)
     if choice("reconstruction_loss", pred.device, pred.dtype) == "triton":
         with_grad = pred.requires_grad and torch.is_grad_enabled()
-        return loss_op(pred, pixels, ids, patch_size, scale, shift, norm_pix, with_grad)[0]
+        return loss_op(pred, pixels.detach(), ids, patch_size, scale, shift, norm_pix, with_grad)[0]
     return _reference(pred, pixels, ids, patch_size, scale, shift, norm_pix)

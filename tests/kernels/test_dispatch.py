@@ -9,6 +9,7 @@ import pytest
 import torch
 from lut_kernels import OPS, choice, kernels_mode
 from lut_kernels.attention import LIBRARY
+from lut_kernels.attention_launch import launch_forward
 from lut_kernels.dispatch import matches, rules, table, tile
 from lut_kernels.runtime import record_launches
 
@@ -85,3 +86,20 @@ def test_every_kernel_has_a_tile_everywhere() -> None:
         with record_launches(f"sm_{arch}"):
             for tokens, head_dim in itertools.product((2, 64, 65, 1025), (12, 64, 128)):
                 assert min(tile(kernel, CPU, torch.bfloat16, tokens, head_dim).values()) >= 1
+
+
+def test_up_to_includes_its_own_length() -> None:
+    assert matches({"up_to": 64}, "bfloat16", 64, 64, True)
+    assert not matches({"up_to": 64}, "bfloat16", 65, 64, True)
+
+
+def test_fp32_products_follow_torch() -> None:
+    before = torch.get_float32_matmul_precision()
+    try:
+        for setting, expected in (("highest", "ieee"), ("high", "tf32")):
+            torch.set_float32_matmul_precision(setting)
+            with record_launches("sm_90") as noted:
+                launch_forward(torch.empty(1, 4, 48, device="meta"), 1, False)
+            assert noted.launches[0].constants["PRECISION"] == expected
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -38,7 +38,7 @@ def op_samples() -> list[tuple[Any, tuple[Any, ...]]]:
         (OPS.unshuffle_tokens_backward, (randn(2, 10, 8).float(), restore, 4)),
         (OPS.reconstruction_loss, (leaf(2, 5, 48), pixels, ids, 4, *AFFINE, True, True)),
         (OPS.reconstruction_loss, (randn(2, 5, 48).half(), pixels, ids, 4, *AFFINE, False, False)),
-        (OPS.reconstruction_loss_scale, (randn(2, 5, 48).float(), torch.tensor(0.5), 2.0)),
+        (OPS.reconstruction_loss_scale, (randn(2, 5, 48).float(), torch.tensor(0.5), 3.0)),
         (OPS.attention, (leaf(2, 7, 3 * 16), 2, True)),
         (OPS.attention, (randn(2, 7, 3 * 16).bfloat16(), 2, False)),
         (OPS.attention_backward, (randn(2, 7, 16), randn(2, 7, 48), randn(2, 7, 16), randn(2, 2, 7), 2)),
