@@ -1,0 +1,73 @@
+"""The `lut-ds` command: each sub-command reads its arguments and calls one function.
+
+Standard output carries results only; with `--json` it is exactly one JSON object. Progress, logs and whatever libraries
+print go to standard error. Exit codes: 0 done, 1 fault while running, 2 bad input, 3 stopped by a signal with a
+checkpoint saved. A file here holds one group of sub-commands; `parser.py` what they share.
+"""
+
+import argparse
+import errno
+import json
+import os
+import sys
+from collections.abc import Sequence
+from typing import TextIO
+
+from lut_ds.cli import evaluation, training
+from lut_ds.cli.parser import BAD_INPUT, FAULT, Parser, add_commands
+from lut_ds.errors import RunFault, UserError
+
+GROUPS = (training, evaluation)
+INTERRUPTED = 130
+
+
+def build_parser() -> Parser:
+    """All sub-commands and their arguments."""
+    parser = Parser(prog="lut-ds", description="Masked-image pre-training of Vision Transformers with LUT and MAE.")
+    # The deepspeed launcher puts this in front of the program's own arguments.
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    commands = add_commands(parser)
+    for group in GROUPS:
+        group.add(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code."""
+    # Read when torch loads: threads that wait must not keep a core that decoding, or another process, could use.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+    try:
+        args = build_parser().parse(argv)
+        results = _reserve_standard_output()
+        if args.local_rank is not None:
+            os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
+        result, text, code = args.function(args)
+        if rank == "0":
+            print(json.dumps(result) if args.json else text, file=results, flush=True)
+        return int(code)
+    except UserError as error:
+        if rank == "0" or error.this_rank:
+            print(f"lut-ds: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except RunFault as error:
+        print(f"lut-ds: {error}", file=sys.stderr)
+        return FAULT
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(
+            f"lut-ds: disk full: {error}; the last good checkpoint is intact, free space and run again", file=sys.stderr
+        )
+        return FAULT
+    except KeyboardInterrupt:
+        print("lut-ds: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _reserve_standard_output() -> TextIO:
+    """Keep standard output for results: whatever else this process writes to it goes to standard error."""
+    sys.stdout.flush()
+    kept = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    return kept
