@@ -50,6 +50,38 @@ class MetricsLog:
         self._file.close()
 
 
+class EventLog:
+    """events.jsonl: what happened to a run besides its steps, one JSON object a line, over all its starts.
+
+    Args:
+        path: the file; a line that a crash cut short is ended, so that the next one is whole.
+    """
+
+    def __init__(self, path: Path) -> None:
+        torn = path.is_file() and path.read_bytes()[-1:] not in (b"", b"\n")
+        self._file = path.open("a")
+        if torn:
+            self._file.write("\n")
+
+    def write(self, event: str, **fields: Any) -> None:
+        """Append an event with the time of day, and hand it to the operating system."""
+        self._file.write(_line({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "event": event, **fields}))
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def read_events(path: Path) -> list[dict[str, Any]]:
+    """Events of an events.jsonl; lines cut short by a crash are left out. Empty if there is no file."""
+    events = []
+    for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
+        with contextlib.suppress(ValueError):
+            events.append(json.loads(line))
+    return [event for event in events if isinstance(event, dict) and "event" in event]
+
+
 def _line(record: Mapping[str, Any]) -> str:
     return (
         json.dumps({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}) + "\n"

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lut_ds.tracking import MetricsLog, Progress, read_metrics
+from lut_ds.tracking import EventLog, MetricsLog, Progress, read_events, read_metrics
 
 
 def records(*steps: int) -> list[dict[str, Any]]:
@@ -221,3 +221,19 @@ def test_a_wandb_that_cannot_be_imported_is_said_once(tmp_path: Path) -> None:
     did, said = mirror(tmp_path, "missing", PYTHONPATH=str(tmp_path))
     assert did["failed"]
     assert said == "wandb: mirror stopped, the run goes on: ImportError: broken installation\n"
+
+
+def test_events_survive_a_torn_line_and_a_restart(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    log = EventLog(path)
+    log.write("save", step=4, seconds=float("nan"))
+    log.close()
+    with path.open("a") as file:
+        file.write('{"event": "sa')
+    log = EventLog(path)
+    log.write("resized", ranks=2)
+    log.close()
+    events = read_events(path)
+    assert [(e["event"], e.get("step"), e.get("ranks")) for e in events] == [("save", 4, None), ("resized", None, 2)]
+    assert events[0]["seconds"] is None
+    assert read_events(tmp_path / "none") == []

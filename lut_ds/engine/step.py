@@ -1,7 +1,7 @@
 """One optimizer step: micro-batches through teacher and student, gradients through ZeRO, EMA, all guarded on the device."""
 
 from collections.abc import Iterable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,18 @@ class MicroBatch(Protocol):
 
     views: list[Tensor]
     noise: Tensor
+
+
+class Votes(NamedTuple):
+    """What a rank tells the others with every step; the numbers of ranks that say so come back with the metrics."""
+
+    stop: bool = False
+    """Stop at the next flush and save."""
+    busy: bool = False
+    """A background write of this rank is not done."""
+
+
+NO_VOTES = Votes()
 
 
 class Trainer:
@@ -69,9 +81,7 @@ class Trainer:
         if self.stage in (1, 2):
             self._watch_norm()
 
-    def update(
-        self, batches: Iterable[MicroBatch], lr: float, ema_decay: float, stop_requested: bool = False
-    ) -> Tensor:
+    def update(self, batches: Iterable[MicroBatch], lr: float, ema_decay: float, votes: Votes = NO_VOTES) -> Tensor:
         """One optimizer step over `accumulation` micro-batches.
 
         A non-finite loss or gradient on any rank leaves weights, moments, EMA and batch-norm statistics as they were.
@@ -79,11 +89,11 @@ class Trainer:
         Args:
             batches: exactly `accumulation` micro-batches of this rank.
             lr, ema_decay: of this step.
-            stop_requested: whether this rank wants to stop; the ranks' answers come back summed.
+            votes: of this rank; they cost no exchange of their own.
 
         Returns:
-            float32 [len(metric_names) + 3] on the device: means over micro-batches and ranks, then the gradient's L2 norm
-            before clipping, 1 if the step was applied, and the number of ranks that want to stop.
+            float32 [len(metric_names) + 2 + len(votes)] on the device: means over micro-batches and ranks, then the
+            gradient's L2 norm before clipping, 1 if the step was applied, and the ranks' votes summed.
         """
         before = [buffer.clone() for buffer in self._batch_norm]
         total = torch.zeros(len(self.metric_names), device=self.device)
@@ -91,10 +101,11 @@ class Trainer:
             losses = self._backward(batch)
             total += torch.stack([losses[name].detach().float() for name in self.metric_names])
             if index == self.accumulation - 1:
-                shared = self._share(total / self.accumulation, stop_requested)
+                shared = self._share(total / self.accumulation, votes)
             else:
                 self.engine.step()
-        self._blocked = (~torch.isfinite(shared[0])).float()
+        measured, counted = shared.split([len(self.metric_names), len(votes)])
+        self._blocked = (~torch.isfinite(measured[0])).float()
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
         norm = self._step()
@@ -103,7 +114,7 @@ class Trainer:
             buffer.copy_(torch.where(applied.bool(), buffer, old))
         if self.ema is not None:
             self.ema.update((1 - ema_decay) * applied)
-        return torch.cat([shared[:-1], torch.stack([norm.float(), applied]), shared[-1:]])
+        return torch.cat([measured, torch.stack([norm.float(), applied]), counted])
 
     def _backward(self, batch: MicroBatch) -> dict[str, Tensor]:
         teacher_q = self.teacher(batch.views) if self.teacher is not None else None
@@ -111,10 +122,13 @@ class Trainer:
         self.engine.backward(losses["loss"])
         return losses
 
-    def _share(self, metrics: Tensor, stop_requested: bool) -> Tensor:
-        """Mean of the metrics over ranks, and the number of ranks that want to stop: one small all-reduce."""
+    def _share(self, metrics: Tensor, votes: Votes) -> Tensor:
+        """Mean of the metrics over ranks, and the sums of their votes: one small all-reduce."""
         world = dist.get_world_size()
-        shared = torch.cat([metrics / world, torch.full((1,), float(stop_requested), device=self.device)])
+        cast = [
+            torch.full((1,), float(vote), device=self.device) for vote in votes
+        ]  # filled there: no copy to wait for
+        shared = torch.cat([metrics / world, *cast])
         if world > 1:
             dist.all_reduce(shared)
         return shared

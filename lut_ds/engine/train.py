@@ -19,7 +19,7 @@ from lut_ds.engine.launch import Ranks, discover_ranks, process_group
 from lut_ds.engine.runfolder import open_run_folder, run_folder
 from lut_ds.engine.schedules import ema_decay_at, lr_at, peak_lr
 from lut_ds.engine.signals import StopRequest, listen
-from lut_ds.engine.step import Trainer, split_batch
+from lut_ds.engine.step import Trainer, Votes, split_batch
 from lut_ds.engine.watch import Outcome, Watch
 from lut_ds.errors import RunFault, UserError
 
@@ -114,7 +114,7 @@ def _loop(
         while step < stop_step and not stopped:
             lr, decay = schedule.lr(step), schedule.ema_decay(step)
             metrics = trainer.update(
-                watch.timed(itertools.islice(batches, trainer.accumulation)), lr, decay, stop.requested
+                watch.timed(itertools.islice(batches, trainer.accumulation)), lr, decay, Votes(stop=stop.requested)
             )
             step += 1
             watch.record(step, metrics, lr, decay)

@@ -16,7 +16,7 @@ from lut_ds.engine.build import flops_shape
 from lut_ds.engine.checkpoint import CheckpointStore
 from lut_ds.engine.launch import Ranks
 from lut_ds.engine.runfolder import tracker_id
-from lut_ds.engine.step import Trainer
+from lut_ds.engine.step import NO_VOTES, Trainer, Votes
 from lut_ds.errors import RunFault, UserError
 from lut_ds.method.flops import step_flops
 from lut_ds.tracking import MetricsLog, Progress, WandbMirror
@@ -56,24 +56,25 @@ class StepRecorder:
     """Keeps each step's metrics on the device and fetches them together, so that no step waits for the host."""
 
     def __init__(self, names: tuple[str, ...]) -> None:
-        self._names = (*names, "grad_norm", "applied")
+        self._names = (*names, "grad_norm", "applied")  # and after these the votes
         self._pending: list[tuple[dict[str, Any], Tensor]] = []
 
     def add(self, record: dict[str, Any], metrics: Tensor) -> None:
         """Remember a step; `metrics` is what `Trainer.update` returned."""
         self._pending.append((record, metrics))
 
-    def fetch(self) -> tuple[list[dict[str, Any]], bool]:
-        """All remembered records with their values, and whether any rank wanted to stop."""
+    def fetch(self) -> tuple[list[dict[str, Any]], Votes]:
+        """All remembered records with their values, and the votes: for stopping of any step, busy of the last step."""
         if not self._pending:
-            return [], False
+            return [], NO_VOTES
         values = torch.stack([metrics for _, metrics in self._pending]).tolist()
         records = [
             {**record, **dict(zip(self._names, row, strict=False))}
             for (record, _), row in zip(self._pending, values, strict=True)
         ]
         self._pending.clear()
-        return records, any(row[-1] > 0 for row in values)
+        votes = [Votes(*(count > 0 for count in row[len(self._names) :])) for row in values]
+        return records, votes[-1]._replace(stop=any(vote.stop for vote in votes))
 
 
 class Watch:
@@ -161,7 +162,7 @@ class Watch:
         Raises:
             RunFault: ten steps in a row had a non-finite loss or gradient.
         """
-        records, stop = self._recorder.fetch()
+        records, votes = self._recorder.fetch()
         now = time.monotonic()
         step, seconds = records[-1]["step"], now - self._flushed
         records[-1]["images_per_s"] = (step - self._flushed_step) * self._recipe.train.global_batch / seconds
@@ -177,7 +178,7 @@ class Watch:
                 f"step {step}: {self._bad_steps} steps in a row had a non-finite loss or gradient; "
                 "start again in a new run.dir with a lower optim.blr, or remove the newest checkpoints to go back further"
             )
-        return stop
+        return votes.stop
 
     def _publish(self, records: list[dict[str, Any]]) -> None:
         assert self._log is not None

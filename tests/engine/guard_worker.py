@@ -59,7 +59,7 @@ def main() -> None:
                 after = snapshot(trainer)
                 steps.append(
                     {
-                        "applied": metrics[-2].item(),
+                        "applied": metrics[len(trainer.metric_names) + 1].item(),
                         "moved": [k for k in before if not torch.equal(before[k], after[k])],
                         "finite": all(torch.isfinite(v).all().item() for v in after.values()),
                     }
