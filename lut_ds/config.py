@@ -131,10 +131,12 @@ class Data(Section):
     """Probability of the colour jitter of view 2."""
     photometric: bool = True
     """Colour jitter and one of gray, solarize and blur on view 2."""
-    threads: Positive = 4
-    """Decoding threads of each rank."""
-    prefetch: Positive = 2
-    """Micro-batches prepared ahead."""
+    threads: Positive | None = None
+    """Decoding threads of each rank; null: what `lut-ds bench loader --tune` found for this machine, else its cores, at most 8."""
+    prefetch: Positive | None = None
+    """Micro-batches prepared ahead; null: as tuned, else 2."""
+    hw_decoder_load: Fraction | None = None
+    """Share of the JPEGs that a GPU's hardware decoder takes, where it has one; null: as tuned, else 0.65."""
 
     @field_validator("crop_scale")
     @classmethod

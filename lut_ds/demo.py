@@ -78,7 +78,7 @@ def run_demo(overrides: Sequence[str]) -> tuple[dict[str, Any], str]:
         text = f"stopped by {outcome.stopped_by} at step {outcome.step} of {outcome.steps}; the same command continues"
         return {"stopped_by": outcome.stopped_by, "step": outcome.step, "run": str(folder)}, text
     began = time.monotonic()
-    bank, queries = (_read_all(source, recipe.model.image_size, recipe.data.threads) for source in (train, val))
+    bank, queries = (_read_all(source, recipe.model.image_size, recipe.data.threads or 2) for source in (train, val))
     checkpoints = all_checkpoints(folder)
     knn = evaluate(recipe, checkpoints, bank, queries)
     _say("4/4 pictures and report")

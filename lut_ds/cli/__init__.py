@@ -13,11 +13,11 @@ import sys
 from collections.abc import Sequence
 from typing import TextIO
 
-from lut_ds.cli import evaluation, training
+from lut_ds.cli import bench, evaluation, training
 from lut_ds.cli.parser import BAD_INPUT, FAULT, Parser, add_commands
 from lut_ds.errors import RunFault, UserError
 
-GROUPS = (training, evaluation)
+GROUPS = (training, bench, evaluation)
 INTERRUPTED = 130
 
 

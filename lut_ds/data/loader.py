@@ -11,6 +11,7 @@ from lut_ds.data.order import SampleOrder
 from lut_ds.data.rng import STREAM_MASK, uniforms32
 from lut_ds.data.sources import Source
 from lut_ds.data.stream import Job, ViewStream
+from lut_ds.data.tuning import DALI_DEFAULTS, GpuDecoder
 from lut_ds.data.views import EVAL_VIEW, ViewParams, ViewSpec, eval_params, view_params
 from lut_ds.errors import UserError
 
@@ -48,6 +49,7 @@ class PretrainLoader:
         device: torch.device,
         threads: int,
         prefetch: int = 2,
+        gpu_decoder: GpuDecoder = DALI_DEFAULTS,
     ) -> None:
         self.accumulation, rest = divmod(global_batch, micro_batch * world_size)
         if rest or not self.accumulation:
@@ -66,6 +68,7 @@ class PretrainLoader:
         self._seed, self._order = seed, SampleOrder(len(source), seed)
         self._micro_batch, self._rank, self._world_size = micro_batch, rank, world_size
         self._device, self._threads, self._prefetch = device, threads, prefetch
+        self._gpu_decoder = gpu_decoder
         self._streams: list[ViewStream] = []
 
     def batches(self, start_step: int, stop_step: int) -> Iterator[Batch]:
@@ -80,6 +83,7 @@ class PretrainLoader:
             device=self._device,
             threads=self._threads,
             prefetch=self._prefetch,
+            gpu_decoder=self._gpu_decoder,
         )
         self._streams.append(stream)
         try:

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from lut_ds.data.dali import Node, do_not_convert, fn, math, types
+from lut_ds.data.tuning import DALI_DEFAULTS, GpuDecoder
 from lut_ds.data.views import BRIGHTNESS, CONTRAST, SATURATION
 
 Image = NDArray[np.uint8]  # [H, W, 3]
@@ -20,14 +21,20 @@ _TRUNCATE = -0.499 / 255  # the unit of a brightness shift is the largest value 
 _TRUNCATE16 = -0.499 / 32767
 
 
-def decode(encoded: Node, gpu: bool) -> Node:
-    """Decode to RGB as PIL does: the same chroma upsampling, and EXIF orientation not applied."""
+def decode(encoded: Node, gpu: bool, gpu_decoder: GpuDecoder = DALI_DEFAULTS) -> Node:
+    """Decode to RGB as PIL does: the same chroma upsampling, and EXIF orientation not applied.
+
+    On a GPU as `gpu_decoder` says: its hardware takes a share of the JPEGs it can, CUDA cores the rest.
+    """
     return fn.decoders.image(
         encoded,
         device="mixed" if gpu else "cpu",
         output_type=types.RGB,
         jpeg_fancy_upsampling=True,
         adjust_orientation=False,
+        hw_decoder_load=gpu_decoder.hw_decoder_load,  # this and the next two: the GPU decoder alone reads them
+        preallocate_height_hint=gpu_decoder.preallocate_side,
+        preallocate_width_hint=gpu_decoder.preallocate_side,
     )
 
 

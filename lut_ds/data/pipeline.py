@@ -24,6 +24,7 @@ from lut_ds.data.operators import (
     resize,
     solarize,
 )
+from lut_ds.data.tuning import DALI_DEFAULTS, GpuDecoder
 from lut_ds.data.views import BLUR, GRAY, HUE, SOLARIZE, ViewParams, ViewSpec
 
 
@@ -37,12 +38,13 @@ def build_pipeline(
     device_id: int | None,
     prefetch: int,
     parallel_map: Callable[..., Iterable[Any]] = map,
+    gpu_decoder: GpuDecoder = DALI_DEFAULTS,
 ) -> Pipeline:
     """The pipeline for `views` at side `image_size`: one [b, S, S, 3] uint8 a view for each `pipeline_inputs` of `source`.
 
     `source` is called ahead of the consumer, up to `prefetch` batches, and raises StopIteration at the end. `device_id` None
     runs everything on the CPU, its Python parts through `parallel_map`; otherwise decoding is shared with, and all else runs
-    on, that GPU.
+    on, that GPU, and `gpu_decoder` says how its decoder works.
     """
     names = _input_names(views)
 
@@ -55,6 +57,7 @@ def build_pipeline(
         image_size,
         ordered,
         make_resizer(parallel_map) if device_id is None else None,
+        gpu_decoder,
         batch_size=batch_size,
         num_threads=threads,
         device_id=device_id,
@@ -110,12 +113,16 @@ def _photometric_inputs(name: str, p: ViewParams, largest_sigma: float) -> dict[
 
 @pipeline_def(enable_conditionals=True)
 def _definition(
-    views: tuple[ViewSpec, ...], image_size: int, source: Callable[[], tuple[Any, ...]], resizer: Resizer | None
+    views: tuple[ViewSpec, ...],
+    image_size: int,
+    source: Callable[[], tuple[Any, ...]],
+    resizer: Resizer | None,
+    gpu_decoder: GpuDecoder,
 ) -> tuple[Node, ...]:
     """The graph; without a `resizer` it is the GPU's."""
     names = _input_names(views)
     inputs = dict(zip(names, fn.external_source(source=source, num_outputs=len(names))))
-    image = decode(inputs["encoded"], resizer is None)
+    image = decode(inputs["encoded"], resizer is None, gpu_decoder)
     resized = resize(image, inputs["resize"], resizer) if "resize" in inputs else None
     outputs = []
     for i, spec in enumerate(views):

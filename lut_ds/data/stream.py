@@ -15,6 +15,7 @@ from PIL import Image
 
 from lut_ds.data.pipeline import build_pipeline, decode_one, pipeline_inputs
 from lut_ds.data.sources import Source
+from lut_ds.data.tuning import DALI_DEFAULTS, GpuDecoder
 from lut_ds.data.views import ViewParams, ViewSpec
 from lut_ds.errors import RunFault
 
@@ -55,6 +56,7 @@ class ViewStream:
         device: torch.device,
         threads: int,
         prefetch: int,
+        gpu_decoder: GpuDecoder = DALI_DEFAULTS,
     ) -> None:
         self._source, self._views, self._plan, self._draw = source, views, plan, draw
         self._prefetch = prefetch
@@ -68,6 +70,7 @@ class ViewStream:
             threads=threads,
             device_id=_device_id(device),
             prefetch=prefetch,
+            gpu_decoder=gpu_decoder,
             parallel_map=self._workers.map if threads > 1 else map,
         )
         self._readers = ThreadPoolExecutor(min(32, 4 * threads), thread_name_prefix="lut-ds-read")

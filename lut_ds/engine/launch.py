@@ -79,6 +79,14 @@ def first_host(nodelist: str) -> str:
         return re.sub(r"\[(\d+)[^\]]*\]", r"\1", first[0])
 
 
+def rank_cores() -> int:
+    """CPU cores for this rank: what the process may use, over the ranks of its node that share it."""
+    cores, env = len(os.sched_getaffinity(0)), os.environ
+    if "LOCAL_WORLD_SIZE" not in env and "SLURM_CPUS_PER_TASK" in env:
+        return max(1, min(cores, int(env["SLURM_CPUS_PER_TASK"])))
+    return max(1, cores // int(env.get("LOCAL_WORLD_SIZE", env.get("SLURM_NTASKS_PER_NODE", "1"))))
+
+
 def check_accelerator() -> str:
     """Name of the accelerator to train on, from DS_ACCELERATOR or what torch sees; sets the variable for DeepSpeed.
 

@@ -26,6 +26,7 @@ FREE = {
     "data.path",
     "data.threads",
     "data.prefetch",
+    "data.hw_decoder_load",
     "train.max_steps",
     "train.micro_batch",
     "train.deepspeed",
@@ -143,21 +144,26 @@ def _check_same(folder: Path, stored: Path, recipe: Recipe) -> None:
 
 def environment() -> dict[str, Any]:
     """Versions, machine, command and git state, for the record."""
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": shlex.join(sys.argv),
         "host": platform.node(),
         "platform": platform.platform(),
         "python": platform.python_version(),
-        "versions": versions,
+        "versions": package_versions(),
         "git": git_state(Path(__file__).parent),
     }
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the packages that decide what a run computes and how fast, where they are installed."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:

@@ -14,8 +14,9 @@ import torch.distributed as dist
 from lut_ds.config import Recipe
 from lut_ds.data.loader import PretrainLoader
 from lut_ds.data.sources import ImageFolder
+from lut_ds.data.tuning import Loading, choose_loading
 from lut_ds.data.views import Photometric, ViewSpec
-from lut_ds.engine.launch import Ranks, discover_ranks, process_group
+from lut_ds.engine.launch import Ranks, discover_ranks, process_group, rank_cores
 from lut_ds.engine.runfolder import open_run_folder, run_folder
 from lut_ds.engine.schedules import ema_decay_at, lr_at, peak_lr
 from lut_ds.engine.signals import StopRequest, listen
@@ -65,6 +66,13 @@ def open_source(recipe: Recipe) -> ImageFolder:
     return ImageFolder(recipe.data.path, split="train")
 
 
+def loading(recipe: Recipe, device: torch.device) -> Loading:
+    """How this rank loads: the recipe's settings, and for those it leaves open the machine's tuning or a default."""
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    data = recipe.data
+    return choose_loading(data.threads, data.prefetch, data.hw_decoder_load, rank_cores(), gpu, recipe.model.image_size)
+
+
 def pretrain(recipe: Recipe, recipe_name: str) -> Outcome:
     """Run, or continue, a pre-training; the process must be one of the launcher's ranks.
 
@@ -92,8 +100,7 @@ def pretrain(recipe: Recipe, recipe_name: str) -> Outcome:
             rank=ranks.rank,
             world_size=ranks.world_size,
             device=ranks.device,
-            threads=recipe.data.threads,
-            prefetch=recipe.data.prefetch,
+            **vars(loading(recipe, ranks.device)),
         )
         with loader:
             trainer = Trainer(recipe, ranks, micro_batch, accumulation)
@@ -131,9 +138,8 @@ def _loop(
 def _set_up_process(recipe: Recipe, ranks: Ranks) -> None:
     """Threads and determinism of this process: on CPUs, and with `run.deterministic`, the same seed gives the same bits."""
     if ranks.device.type == "cpu":
-        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("SLURM_NTASKS_PER_NODE", "1")))
         if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
+            torch.set_num_threads(rank_cores())
     else:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.backends.cuda.matmul.allow_tf32 = recipe.precision.compute == "bf16"

@@ -1,0 +1,1 @@
+"""What it costs: the loader, the step, and what a run will need."""
