@@ -44,6 +44,7 @@ class IndexWriter:
             ) from error
         self._file.write(bytes(HEADER.size))
         self._count = self._name_bytes = self._shard_bytes = 0
+        self._last_shard = 0
         self._starts: list[int] = []
         self._shard_names: list[bytes] = []
         self._shards: list[tuple[int, int, int]] = []
@@ -151,6 +152,7 @@ class IndexWriter:
         records = np.zeros(len(lengths), RECORDS[self.kind])
         if self.kind == "tar":
             records["offset"] = offsets
+            self._check_order(np.broadcast_to(np.asarray(shards, np.int64), len(lengths)))
         records["size"], records["label"], records["shard"] = sizes, labels, shards
         records["name_end"] = ends - starts[block - recent]
         self._file.write(records.tobytes())
@@ -165,6 +167,11 @@ class IndexWriter:
             )
         if sizes.size and sizes.max() >= 1 << 32:
             raise UserError(f"index {self.path}: expected images below 4 GiB, found {sizes.max()} bytes; leave it out")
+
+    def _check_order(self, shards: NDArray[np.int64]) -> None:
+        if shards.size and (shards[0] < self._last_shard or (np.diff(shards) < 0).any()):
+            raise ValueError("IndexWriter: the samples of tar shards must come shard by shard, in their order")
+        self._last_shard = int(shards[-1]) if shards.size else self._last_shard
 
     def _relabel(self, content: mmap.mmap, relabel: NDArray[np.int32]) -> None:
         records: NDArray[np.void] = np.frombuffer(content, RECORDS[self.kind], self._count, HEADER.size)
