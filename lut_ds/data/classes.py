@@ -1,10 +1,13 @@
 """From labels as they are written (numbers or names) to class indices."""
 
+from pathlib import Path
+
 import numpy as np
 from numpy.typing import NDArray
 
 from lut_ds.errors import UserError
 
+CLASSES_NAME = "classes.txt"  # beside shards or a list: one class a line, in the order of the labels
 _MOST = 1 << 20  # classes: a number label above is a mistake, and would make as many names
 
 
@@ -55,3 +58,14 @@ class Classes:
             relabel[[self._numbers[name] for name in names]] = np.arange(len(names), dtype=np.int32)
             return names, relabel
         return [str(i) for i in range(self._largest + 1)], None
+
+
+def class_names(folder: Path) -> list[str] | None:
+    """The lines of classes.txt in `folder`, None where there is none; UserError when one is empty or comes twice."""
+    path = folder / CLASSES_NAME
+    if not path.is_file():
+        return None
+    names = path.read_text(errors="surrogateescape").splitlines()
+    if len(set(names)) < len(names) or not all(names):
+        raise UserError(f"{path}: expected one class a line, each once, found an empty or repeated line; correct it")
+    return names

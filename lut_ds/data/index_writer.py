@@ -76,6 +76,11 @@ class IndexWriter:
         self._flush()
         self._write(names, np.asarray(lengths, np.int64), shards, sizes, labels, offsets)
 
+    @property
+    def shard_count(self) -> int:
+        """Shards so far."""
+        return len(self._shards)
+
     def __len__(self) -> int:
         return self._count + len(self._pending)
 

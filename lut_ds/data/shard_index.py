@@ -13,14 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from lut_ds.data.classes import Classes
+from lut_ds.data.classes import Classes, class_names
 from lut_ds.data.index import INDEX_NAME, SampleIndex
 from lut_ds.data.index_writer import IndexWriter
 from lut_ds.data.wds import ShardScan, scan_shard
 from lut_ds.errors import UserError
 
 Progress = Callable[[int, int], None]  # done, of how many (0: not known)
-CLASSES_NAME = "classes.txt"  # beside the shards: one class a line, in the order of the labels
 
 
 def list_shards(path: Path) -> list[Path]:
@@ -81,7 +80,7 @@ def build(
 ) -> dict[str, Any]:
     """Index shards with what `scan` finds in each; see `write_index`."""
     root = Path(os.path.commonpath([os.path.abspath(shard.parent) for shard in shards]))
-    classes = Classes(_class_names(root))
+    classes = Classes(class_names(root))
     total = without = 0
     with IndexWriter(out, "tar", stored_root(root, out)) as writer:
         for k, (shard, found) in enumerate(zip(shards, _scan_all(shards, scan, workers))):
@@ -190,13 +189,3 @@ def stored_root(root: Path, out: Path) -> str:
     """How an index at `out` names its root: relative where the root is its folder or below, so that both can move."""
     root, folder = Path(os.path.abspath(root)), Path(os.path.abspath(out)).parent
     return os.path.relpath(root, folder) if root.is_relative_to(folder) else os.fspath(root)
-
-
-def _class_names(root: Path) -> list[str] | None:
-    path = root / CLASSES_NAME
-    if not path.is_file():
-        return None
-    names = path.read_text(errors="surrogateescape").splitlines()
-    if len(set(names)) < len(names) or not all(names):
-        raise UserError(f"{path}: expected one class a line, each once, found an empty or repeated line; correct it")
-    return names

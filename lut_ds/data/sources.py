@@ -1,17 +1,30 @@
-"""Where encoded images come from: anything with `len`, `read(i)`, `label(i)`, `name(i)` is a source."""
+"""What a source of encoded images is, and which one a `data.path` means."""
 
+import importlib
+import importlib.util
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, Protocol
+from types import ModuleType
+from typing import Any, Literal, Protocol
 
-import numpy as np
-from numpy.typing import NDArray
+from lut_ds.data.filelist import SUFFIXES, FileList, write_list_index
+from lut_ds.data.files import IndexedFiles
+from lut_ds.data.folder import ImageFolder, split_root
+from lut_ds.data.folder_index import check_fresh, write_folder_index
+from lut_ds.data.index import INDEX_NAME, SampleIndex
+from lut_ds.data.shard_index import Progress, is_shard, write_index
+from lut_ds.data.shards import TarShards
+from lut_ds.errors import UserError
 
-from lut_ds.errors import RunFault, UserError
+Split = Literal["train", "val"] | None
+_PLUGIN = re.compile(
+    r"(?P<module>[^:?]+\.py|[A-Za-z_][\w.]*):(?P<factory>[A-Za-z_]\w*)(?:\?(?P<argument>.*))?", re.DOTALL
+)
+_MEMBERS = ("__len__", "read", "label", "name", "classes")
 
-EXTENSIONS = (b".jpg", b".jpeg", b".png", b".webp", b".bmp", b".tif", b".tiff")
-_FORMATS = "jpg, jpeg, png, webp, bmp, tif, tiff"
+__all__ = ["ImageFolder", "Source", "Split", "TarShards", "index_source", "open_source"]
 
 
 class Source(Protocol):
@@ -34,110 +47,124 @@ class Source(Protocol):
         ...
 
 
-class ImageFolder:
-    """Images in a folder: DIR/train/<class>/*.jpg, DIR/<class>/*.jpg, or DIR/*.jpg without labels.
+def open_source(path: str | os.PathLike[str], split: Split = "train") -> Source:
+    """The source that `data.path` means, by what is there.
 
-    Classes are the sub-folders, sorted; files are sorted by class and relative path, so the same tree is the same source
-    on every machine. Names starting with a dot are not looked at. `split` "train" reads DIR/train where that exists and
-    DIR itself otherwise; "val" needs DIR/val; None reads DIR as it is. Paths are one blob of bytes with offsets.
+    - a folder (its sub-folder `train` or `val` as `split` says, see ImageFolder): its `index.lut` where it has one, else tar
+      shards with `wds2idx` files, else images;
+    - a file *.lut: an index; *.txt or *.lst: a list of files; *.tar, or a pattern of such: shards;
+    - `package.module:factory?argument` or `file.py:factory?argument`: what `factory(argument, split)` returns.
+
+    All but a folder have one set of images, which is the training set: for `split` "val" they are refused, except the last.
+
+    Raises:
+        UserError: nothing there, or it does not work as what it looks like.
     """
-
-    def __init__(self, path: str | os.PathLike[str], split: Literal["train", "val"] | None = "train") -> None:
-        self.root = _split_root(Path(path), split)
-        folders, images = _listing(os.fsencode(self.root))
-        grouped = [(label, list(_walk(os.fsencode(self.root), name))) for label, name in enumerate(folders)]
-        in_classes = any(paths for _, paths in grouped)
-        if in_classes and images:
-            raise UserError(
-                f"data.path: {self.root}: expected images in class folders or a flat folder of images, found both "
-                f"(for example {os.fsdecode(images[0])}); move the images beside the class folders away"
-            )
-        if not in_classes and not images:
-            raise UserError(f"data.path: {self.root}: {_nothing_found(folders, self.root)}")
-        self.classes = [os.fsdecode(name) for name in folders] if in_classes else []
-        paths = [p for _, group in grouped for p in group] if in_classes else images
-        counts = [len(group) for _, group in grouped]
-        labels = np.repeat(np.arange(len(counts), dtype=np.int32), counts) if in_classes else np.full(len(images), -1)
-        self._labels: NDArray[np.int32] = labels.astype(np.int32)
-        self._offsets: NDArray[np.int64] = np.concatenate([[0], np.cumsum([len(p) for p in paths])]).astype(np.int64)
-        self._blob = b"".join(paths)
-        self._prefix = os.path.join(os.fsencode(self.root), b"")
-
-    def __len__(self) -> int:
-        return len(self._labels)
-
-    def _path(self, i: int) -> bytes:
-        if not 0 <= i < len(self):
-            raise IndexError(f"sample {i} of {len(self)}")
-        return self._prefix + self._blob[self._offsets[i] : self._offsets[i + 1]]
-
-    def read(self, i: int) -> bytes:
-        """The bytes of file `i`; RunFault naming the file when it cannot be read."""
-        try:
-            with open(self._path(i), "rb", buffering=0) as file:
-                return file.readall()
-        except OSError as error:
-            raise RunFault(f"data: {self.name(i)}: cannot be read: {error.strerror or error}") from error
-
-    def label(self, i: int) -> int:
-        """The class index of file `i`, -1 in a flat folder."""
-        return int(self._labels[i])
-
-    def name(self, i: int) -> str:
-        """The path of file `i`."""
-        return os.fsdecode(self._path(i))
-
-
-def _split_root(path: Path, split: str | None) -> Path:
-    """The folder that holds the split; UserError when it is missing or not a folder."""
-    if not path.exists():
-        raise UserError(f"data.path: {path}: expected a folder of images, found nothing there; check data.path")
-    if not path.is_dir():
-        raise UserError(f"data.path: {path}: expected a folder of images, found a file; give the folder that holds it")
-    if split is None:
-        return path
-    inside = path / split
-    if split == "train":
-        return inside if inside.is_dir() else path
-    if not inside.is_dir():
-        raise UserError(f"data.path: {path}: expected a sub-folder {split}, found none; add {split}/<class>/*.jpg")
-    return inside
-
-
-def _listing(folder: bytes) -> tuple[list[bytes], list[bytes]]:
-    """Sorted names of the sub-folders and of the image files in `folder` (a dangling link counts as one)."""
-    folders: list[bytes] = []
-    images: list[bytes] = []
-    try:
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.name.startswith(b"."):
-                    continue
-                if entry.is_dir():
-                    folders.append(entry.name)
-                elif entry.name.lower().endswith(EXTENSIONS) and (entry.is_file() or entry.is_symlink()):
-                    images.append(entry.name)
-    except OSError as error:
+    text = os.fspath(path)
+    plugin = _PLUGIN.fullmatch(text)
+    if plugin is not None and not os.path.lexists(text):
+        return _checked(_factory(plugin, text)(plugin["argument"] or "", split), text)
+    if os.path.isdir(text) or not (_suffix(text) or os.path.isfile(text)):
+        return _open_folder(Path(text), split)
+    if split == "val":
         raise UserError(
-            f"data.path: {os.fsdecode(folder)}: expected a readable folder, found: {error.strerror or error}; "
-            "check its permissions"
+            f"data.path: {text}: expected a folder with train and val, found one set of images; give such a folder"
+        )
+    if _suffix(text) == ".tar":
+        return TarShards.open(text)
+    if _suffix(text) == ".lut":
+        return _open_index(Path(text))
+    if _suffix(text) in SUFFIXES:
+        return FileList(text)
+    raise UserError(
+        f"data.path: {text}: expected a folder of images, .tar shards, an index (.lut) or a list ({', '.join(SUFFIXES)}), "
+        "found another file; give the folder that holds it"
+    )
+
+
+def index_source(
+    path: str | os.PathLike[str],
+    out: str | os.PathLike[str] | None = None,
+    split: Split = "train",
+    *,
+    workers: int = 1,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Write the index of a folder of images, of tar shards or of a list, so that `open_source` finds or takes it.
+
+    See `write_folder_index`, `write_index` and `write_list_index` for the values returned, to which `kind` is added.
+    """
+    text = os.fspath(path)
+    if _suffix(text) in SUFFIXES:
+        return {"kind": "list", **write_list_index(text, out)}
+    if _suffix(text) == ".tar":
+        return {"kind": "shards", **write_index(text, out, workers=workers, progress=progress)}
+    root = split_root(Path(text), split)
+    if _holds_shards(root):
+        return {"kind": "shards", **write_index(root, out, workers=workers, progress=progress)}
+    return {"kind": "folder", **write_folder_index(root, out, None, progress=progress)}
+
+
+def _open_folder(path: Path, split: Split) -> Source:
+    root = split_root(path, split)
+    if (root / INDEX_NAME).is_file():
+        return _open_index(root / INDEX_NAME)
+    return TarShards.open(root) if _holds_shards(root) else ImageFolder(root, None)
+
+
+def _open_index(path: Path) -> Source:
+    index = SampleIndex.open(path)
+    if not len(index):
+        raise UserError(f"index {path}: expected samples, found none; write it again with `lut-ds data index`")
+    if index.kind == "tar":
+        return TarShards(index)
+    source = IndexedFiles(index)
+    check_fresh(source)
+    return source
+
+
+def _holds_shards(root: Path) -> bool:
+    with os.scandir(root) as entries:
+        return any(is_shard(entry.name) for entry in entries)
+
+
+def _suffix(text: str) -> str:
+    """The suffix that decides, of a file or a pattern; empty for anything else."""
+    suffix = os.path.splitext(text)[1]
+    return suffix if suffix in (".tar", ".lut", *SUFFIXES) else ""
+
+
+def _factory(plugin: re.Match[str], text: str) -> Callable[[str, Split], Any]:
+    try:
+        module = (
+            _load_file(plugin["module"])
+            if plugin["module"].endswith(".py")
+            else importlib.import_module(plugin["module"])
+        )
+        factory: Callable[[str, Split], Any] = getattr(module, plugin["factory"])
+    except (ImportError, SyntaxError, AttributeError, OSError) as error:
+        raise UserError(
+            f"data.path: {text}: expected a module and a function in it, found: {type(error).__name__}: {error}; correct "
+            "data.path, or put the module where Python finds it"
         ) from error
-    return sorted(folders), sorted(images)
+    return factory
 
 
-def _walk(root: bytes, relative: bytes, parents: tuple[tuple[int, int], ...] = ()) -> Iterator[bytes]:
-    """Paths, relative to `root`, of all images below `root/relative`; follows links, but not in circles."""
-    info = os.stat(os.path.join(root, relative))
-    if (info.st_dev, info.st_ino) in parents:
-        return
-    parents = (*parents, (info.st_dev, info.st_ino))
-    folders, images = _listing(os.path.join(root, relative))
-    yield from (os.path.join(relative, name) for name in images)
-    for name in folders:
-        yield from _walk(root, os.path.join(relative, name), parents)
+def _load_file(path: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-def _nothing_found(folders: list[bytes], root: Path) -> str:
-    if not folders and not any(root.iterdir()):
-        return "expected images, found an empty folder; put <class>/*.jpg or train/<class>/*.jpg in it"
-    return f"expected images ({_FORMATS}), found none in it or in its {len(folders)} sub-folders; check data.path"
+def _checked(source: Any, text: str) -> Source:
+    missing = [member for member in _MEMBERS if not hasattr(source, member)]
+    if missing:
+        raise UserError(
+            f"data.path: {text}: expected a source with {', '.join(_MEMBERS)}, found none of {', '.join(missing)}; add it"
+        )
+    if not len(source):
+        raise UserError(f"data.path: {text}: expected images, found none; check what its argument names")
+    return source
