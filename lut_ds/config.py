@@ -118,7 +118,8 @@ class Data(Section):
     """What is read, and how views are drawn from it."""
 
     path: str | None = None
-    """Image folder: DIR/train/<class>/*.jpg, DIR/<class>/*.jpg or DIR/*.jpg."""
+    """Image folder (DIR/train/<class>/*.jpg, DIR/<class>/*.jpg or DIR/*.jpg), folder or pattern of .tar shards, index (.lut),
+    list of files (.txt, .lst), or a source of your own: package.module:factory?argument."""
     hflip: Fraction = 0.5
     """Probability of a horizontal flip, drawn for each view."""
     crop_pad: Annotated[int, Field(ge=0)] = 4

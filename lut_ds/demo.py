@@ -20,7 +20,7 @@ from lut_ds.analysis.report import summarise
 from lut_ds.config import Recipe, load_recipe
 from lut_ds.data.digits import write_digits
 from lut_ds.data.loader import EvalLoader
-from lut_ds.data.sources import ImageFolder
+from lut_ds.data.sources import Source, open_source
 from lut_ds.engine.build import build_student
 from lut_ds.engine.runfolder import open_run_folder, run_folder
 from lut_ds.engine.train import pretrain
@@ -61,7 +61,7 @@ def run_demo(overrides: Sequence[str]) -> tuple[dict[str, Any], str]:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("demo: expected one process, found WORLD_SIZE above 1; start it without a launcher")
     recipe, folder, subject = _prepare(load_recipe("demo", overrides))
-    train, val = (ImageFolder(str(recipe.data.path), split) for split in ("train", "val"))
+    train, val = (open_source(str(recipe.data.path), split) for split in ("train", "val"))
     if not train.classes or train.classes != val.classes:
         raise UserError(
             f"data.path: {recipe.data.path}: the demo's k-NN needs the same class folders in train and val, found "
@@ -104,7 +104,7 @@ def _prepare(recipe: Recipe) -> tuple[Recipe, Path, str]:
     return recipe, folder, "handwritten digits"
 
 
-def _read_all(source: ImageFolder, size: int, threads: int) -> LabelledImages:
+def _read_all(source: Source, size: int, threads: int) -> LabelledImages:
     batches = list(EvalLoader(source, size, 128, threads))
     return LabelledImages(torch.cat([p for p, _ in batches]), torch.cat([labels for _, labels in batches]))
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from lut_ds.config import Recipe
-from lut_ds.data.sources import ImageFolder
+from lut_ds.data.sources import open_source
 from lut_ds.engine.build import build_student, flops_shape
 from lut_ds.engine.ds_config import load_ds_config, zero_stage
 from lut_ds.engine.launch import check_accelerator
@@ -67,7 +67,7 @@ def plan(recipe: Recipe, world_size: int) -> dict[str, Any]:
     check_accelerator()
     if recipe.data.path is None:
         raise UserError("data.path: no image folder given; add data.path=DIR, where DIR holds train/<class>/*.jpg")
-    images = len(ImageFolder(recipe.data.path, split="train"))
+    images = len(open_source(recipe.data.path, split="train"))
     stage = zero_stage(load_ds_config(recipe))
     micro_batch, accumulation = split_batch(recipe.train.global_batch, recipe.train.micro_batch, world_size)
     steps_per_epoch = images // recipe.train.global_batch

@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 
 from lut_ds.config import Recipe
+from lut_ds.data import sources
 from lut_ds.data.loader import PretrainLoader
-from lut_ds.data.sources import ImageFolder
 from lut_ds.data.tuning import Loading, choose_loading
 from lut_ds.data.views import Photometric, ViewSpec
 from lut_ds.engine.launch import Ranks, discover_ranks, process_group, rank_cores
@@ -59,11 +59,11 @@ def view_specs(recipe: Recipe) -> list[ViewSpec]:
     return [mild, replace(mild, photometric=photometric)]
 
 
-def open_source(recipe: Recipe) -> ImageFolder:
+def open_source(recipe: Recipe) -> sources.Source:
     """The training images of `data.path`."""
     if recipe.data.path is None:
         raise UserError("data.path: no image folder given; add data.path=DIR, where DIR holds train/<class>/*.jpg")
-    return ImageFolder(recipe.data.path, split="train")
+    return sources.open_source(recipe.data.path, split="train")
 
 
 def loading(recipe: Recipe, device: torch.device) -> Loading:
