@@ -1,7 +1,7 @@
 """The recipe: typed sections with documented fields, YAML files, `section.key=value` overrides, clear errors.
 
 Sections are grouped by intent: `model` and `method` say what is learned, `data` what is read, `optim` how it is
-optimised, `train` how long and how it is distributed, `precision` in which numbers, `run` where it goes.
+optimised, `train` how long and how it is distributed, `precision` in which numbers, `guard` what watches it, `run` where it goes.
 """
 
 import difflib
@@ -226,6 +226,35 @@ class Run(Section):
         return "off" if value is False else value  # `off` is a boolean to YAML 1.1
 
 
+class Guard(Section):
+    """What watches a run, and what it does about what it finds. All may change when a run is continued."""
+
+    max_bad_steps: Positive = 10
+    """Steps in a row that were not applied (loss or gradient not finite, or a spike) until the run stops."""
+    spike: Literal["off", "log", "skip", "rewind"] = "log"
+    """A step whose loss is far above the last ones: say so; or do not apply it; or go back to the last checkpoint before it
+    and pass over the data in between."""
+    spike_window: Annotated[int, Field(ge=8)] = 128
+    """Applied steps that say what is usual; before as many there is no spike."""
+    spike_sigmas: Annotated[float, Field(gt=0)] = 8.0
+    """Rise over their median that is a spike, in robust standard deviations (1.4826 MAD); at least 5 % of the median."""
+    max_rewinds: Annotated[int, Field(ge=0)] = 3
+    """Rewinds until the run stops."""
+    hash_every: Positive | None = 500
+    """Steps between comparisons of the ranks' weights and buffers; null: never."""
+    hang_seconds: Annotated[float, Field(gt=0)] | None = 600.0
+    """Time without a step until the run counts as hanging (3 times that for the first step and in a save); null: never."""
+    straggler_factor: Annotated[float, Field(gt=1)] | None = 1.5
+    """A rank this many times slower than the median is named after three flushes; null: never."""
+    memory_growth: Annotated[float, Field(gt=0)] | None = 0.2
+    """Steady growth of a rank's memory that is said, as a share; null: never."""
+
+    @field_validator("spike", mode="before")
+    @classmethod
+    def _off(cls, value: Any) -> Any:
+        return "off" if value is False else value  # `off` is a boolean to YAML 1.1
+
+
 class Recipe(Section):
     """A whole run."""
 
@@ -235,6 +264,7 @@ class Recipe(Section):
     optim: Optim = Field(default_factory=Optim)
     train: Train = Field(default_factory=Train)
     precision: Precision = Field(default_factory=Precision)
+    guard: Guard = Field(default_factory=Guard)
     run: Run = Field(default_factory=Run)
 
     @model_validator(mode="after")

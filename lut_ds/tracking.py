@@ -132,6 +132,11 @@ class Progress:
         self._bar.set_postfix(postfix, refresh=False)
         self._bar.update(steps)
 
+    def back_to(self, step: int) -> None:
+        """Show fewer steps: the run was rewound."""
+        self._bar.n = step
+        self._bar.refresh()
+
     def say(self, text: str) -> None:
         """Print a line without breaking the bar."""
         self._bar.write(text, file=sys.stderr)

@@ -97,6 +97,10 @@ class PretrainLoader:
             stream.close()
             self._streams.remove(stream)
 
+    def names(self, samples: Sequence[int]) -> list[str]:
+        """What to call samples in a message."""
+        return [self._source.name(sample) for sample in samples]
+
     def close(self) -> None:
         """Stop every iteration that is still open."""
         for stream in self._streams:

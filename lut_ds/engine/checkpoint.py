@@ -124,10 +124,16 @@ class CheckpointStore:
         self._all_ranks(step, publish)
         return final
 
-    def newest_valid(self) -> Path | None:
-        """The newest checkpoint whose every file has the size and hash its manifest names; damaged ones are reported."""
+    def newest_valid(self, before: int | None = None) -> Path | None:
+        """The newest checkpoint whose every file has the size and hash its manifest names; damaged ones are reported.
+
+        Args:
+            before: of a step below this one; None: of any.
+        """
         # Listings of a shared file system can differ between nodes for a while: all ranks go by rank 0's.
-        listed: list[list[Path]] = [self.candidates()]
+        listed: list[list[Path]] = [
+            [p for p in self.candidates() if before is None or int(p.name.removeprefix("step_")) < before]
+        ]
         dist.broadcast_object_list(listed, src=0)
         for path in listed[0]:
             problem = verify(path, self.rank, self.world_size)

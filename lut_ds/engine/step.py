@@ -1,6 +1,7 @@
 """One optimizer step: micro-batches through teacher and student, gradients through ZeRO, EMA, all guarded on the device."""
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -12,6 +13,8 @@ from lut_ds.config import Recipe
 from lut_ds.engine.build import build_student, build_teacher, compile_blocks
 from lut_ds.engine.ds_config import load_ds_config, resolve_ds_config, zero_stage
 from lut_ds.engine.ema import WeightEMA
+from lut_ds.engine.guards.spike import LossWindow
+from lut_ds.engine.guards.vitals import LocalClock
 from lut_ds.engine.launch import Ranks
 from lut_ds.engine.optim import GuardedAdamW, parameter_groups
 from lut_ds.engine.shards import MasterShards
@@ -78,13 +81,18 @@ class Trainer:
         self.ema = WeightEMA(self.shards, self.student, self.teacher) if self.teacher is not None else None
         self._batch_norm = [b for m in self.student.modules() if isinstance(m, HeadBatchNorm) for b in m.buffers()]
         self._blocked = torch.zeros((), device=ranks.device)
+        guard = recipe.guard
+        self.window = LossWindow(guard.spike_window, guard.spike_sigmas, ranks.device) if guard.spike != "off" else None
+        self._hold_spikes = guard.spike in ("skip", "rewind")
+        self.clock = LocalClock(ranks.device)
         if self.stage in (1, 2):
             self._watch_norm()
 
     def update(self, batches: Iterable[MicroBatch], lr: float, ema_decay: float, votes: Votes = NO_VOTES) -> Tensor:
         """One optimizer step over `accumulation` micro-batches.
 
-        A non-finite loss or gradient on any rank leaves weights, moments, EMA and batch-norm statistics as they were.
+        A non-finite loss or gradient on any rank leaves weights, moments, EMA and batch-norm statistics as they were; so does
+        a loss spike, unless `guard.spike` is `off` or `log`.
 
         Args:
             batches: exactly `accumulation` micro-batches of this rank.
@@ -92,8 +100,9 @@ class Trainer:
             votes: of this rank; they cost no exchange of their own.
 
         Returns:
-            float32 [len(metric_names) + 2 + len(votes)] on the device: means over micro-batches and ranks, then the
-            gradient's L2 norm before clipping, 1 if the step was applied, and the ranks' votes summed.
+            float32 [len(metric_names) + 3 + len(votes)] on the device: means over micro-batches and ranks, then the
+            gradient's L2 norm before clipping, 1 if the step was applied, what the loss must not exceed (infinite without
+            a limit), and the ranks' votes summed.
         """
         before = [buffer.clone() for buffer in self._batch_norm]
         total = torch.zeros(len(self.metric_names), device=self.device)
@@ -105,7 +114,10 @@ class Trainer:
             else:
                 self.engine.step()
         measured, counted = shared.split([len(self.metric_names), len(votes)])
-        self._blocked = (~torch.isfinite(measured[0])).float()
+        loss, limit = measured[0], self._loss_limit()
+        self._blocked = (~torch.isfinite(loss)).float()
+        if self._hold_spikes:
+            self._blocked = torch.maximum(self._blocked, (loss > limit).float())
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
         norm = self._step()
@@ -114,11 +126,24 @@ class Trainer:
             buffer.copy_(torch.where(applied.bool(), buffer, old))
         if self.ema is not None:
             self.ema.update((1 - ema_decay) * applied)
-        return torch.cat([measured, torch.stack([norm.float(), applied]), counted])
+        if self.window is not None:
+            self.window.add(loss, applied)
+        return torch.cat([measured, torch.stack([norm.float(), applied, limit]), counted])
+
+    def _loss_limit(self) -> Tensor:
+        if self.window is None:
+            return torch.full((), torch.inf, device=self.device)
+        return self.window.limit()
 
     def _backward(self, batch: MicroBatch) -> dict[str, Tensor]:
-        teacher_q = self.teacher(batch.views) if self.teacher is not None else None
-        losses = self.engine(batch.views, batch.noise, teacher_q)
+        teacher_q = None
+        if self.teacher is not None:
+            with self.clock:
+                teacher_q = self.teacher(batch.views)
+        with (
+            self.clock if self.teacher is None else nullcontext()
+        ):  # beside a teacher, batch norm waits for other ranks
+            losses = self.engine(batch.views, batch.noise, teacher_q)
         self.engine.backward(losses["loss"])
         return losses
 

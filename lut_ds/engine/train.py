@@ -2,7 +2,7 @@
 
 import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from lut_ds.config import Recipe
 from lut_ds.data import sources
-from lut_ds.data.loader import PretrainLoader
+from lut_ds.data.loader import Batch, PretrainLoader
 from lut_ds.data.tuning import Loading, choose_loading
 from lut_ds.data.views import Photometric, ViewSpec
 from lut_ds.engine.launch import Ranks, discover_ranks, process_group, rank_cores
@@ -113,10 +113,9 @@ def _loop(
     schedule = Schedule(recipe, loader.steps_per_epoch)
     stop_step = min(schedule.total_steps, recipe.train.max_steps or schedule.total_steps)
     save_every = recipe.run.save_every or loader.steps_per_epoch
-    watch = Watch(recipe, ranks, folder, trainer, loader.steps_per_epoch, stop_step)
-    start = watch.resume(trainer)
-    step, stopped = start, False
-    batches = loader.batches(start, stop_step)
+    watch = Watch(recipe, ranks, folder, trainer, loader.steps_per_epoch, stop_step, loader.names)
+    step, stopped = watch.resume(trainer), False
+    batches = _batches(loader, watch, step, stop_step)
     try:
         while step < stop_step and not stopped:
             lr, decay = schedule.lr(step), schedule.ema_decay(step)
@@ -128,11 +127,22 @@ def _loop(
             last = step == stop_step
             if last or step % recipe.run.log_every == 0 or step % save_every == 0:
                 stopped = watch.flush() and not last
+                if (back := watch.rewind(trainer)) is not None:
+                    step = back
+                    batches.close()
+                    batches = _batches(loader, watch, step, stop_step)
+                    continue  # a stop that was asked for ends the loop: what it would save is saved
             if last or stopped or step % save_every == 0:
                 watch.save(step, trainer)
     finally:
         watch.close()
     return watch.outcome(step, (stop.signal_name or "a signal to another rank") if stopped else None)
+
+
+def _batches(loader: PretrainLoader, watch: Watch, start: int, stop: int) -> Generator[Batch, None, None]:
+    """The micro-batches of optimizer steps [start, stop), without the data that the run passes over."""
+    for first, last in watch.guards.spans.data_ranges(start, stop):
+        yield from loader.batches(first, last)
 
 
 def _set_up_process(recipe: Recipe, ranks: Ranks) -> None:

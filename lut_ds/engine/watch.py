@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,17 @@ import torch
 from torch import Tensor
 
 from lut_ds.config import Recipe
+from lut_ds.data.loader import Batch
 from lut_ds.engine import state
 from lut_ds.engine.build import flops_shape
 from lut_ds.engine.checkpoint import CheckpointStore
+from lut_ds.engine.guards.panel import Guards
 from lut_ds.engine.launch import Ranks
 from lut_ds.engine.runfolder import tracker_id
 from lut_ds.engine.step import NO_VOTES, Trainer, Votes
-from lut_ds.errors import RunFault, UserError
+from lut_ds.errors import UserError
 from lut_ds.method.flops import step_flops
-from lut_ds.tracking import MetricsLog, Progress, WandbMirror
+from lut_ds.tracking import EventLog, MetricsLog, Progress, WandbMirror
 
 # Dense bf16 peak of devices, FLOP/s; MFU is shown only where it is known.
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
@@ -36,6 +39,7 @@ class Outcome:
         stopped_by: what ended it early (a signal, here or on another rank), or None.
         loss: of the last step recorded in this process.
         images_per_second: over this process's steps, all ranks together.
+        events: how many of each kind went to events.jsonl in this process.
     """
 
     folder: str
@@ -45,6 +49,7 @@ class Outcome:
     stopped_by: str | None
     loss: float | None
     images_per_second: float | None
+    events: dict[str, int]
 
     def as_dict(self) -> dict[str, Any]:
         """For `--json`."""
@@ -56,7 +61,7 @@ class StepRecorder:
     """Keeps each step's metrics on the device and fetches them together, so that no step waits for the host."""
 
     def __init__(self, names: tuple[str, ...]) -> None:
-        self._names = (*names, "grad_norm", "applied")  # and after these the votes
+        self._names = (*names, "grad_norm", "applied", "loss_limit")  # and after these the votes
         self._pending: list[tuple[dict[str, Any], Tensor]] = []
 
     def add(self, record: dict[str, Any], metrics: Tensor) -> None:
@@ -81,7 +86,14 @@ class Watch:
     """What a run shows and keeps while `train.pretrain` loops over its steps."""
 
     def __init__(
-        self, recipe: Recipe, ranks: Ranks, folder: Path, trainer: Trainer, steps_per_epoch: int, stop_step: int
+        self,
+        recipe: Recipe,
+        ranks: Ranks,
+        folder: Path,
+        trainer: Trainer,
+        steps_per_epoch: int,
+        stop_step: int,
+        names: Callable[[Sequence[int]], list[str]],
     ) -> None:
         self._recipe, self._ranks, self._folder = recipe, ranks, folder
         self._per_epoch, self._stop_step = steps_per_epoch, stop_step
@@ -100,13 +112,15 @@ class Watch:
         self._wandb: WandbMirror | None = None
         self._resumed_from: int | None = None
         self._last_loss: float | None = None
-        self._bad_steps = 0
+        self._events = EventLog(folder / "events.jsonl") if ranks.main else None
+        self._event_counts: Counter[str] = Counter()
+        self.guards = Guards(recipe.guard, ranks, folder, trainer, names, self._event)
         self._data_seconds = 0.0
 
     def resume(self, trainer: Trainer) -> int:
         """Load the newest valid checkpoint if there is one; returns the step to start from."""
         path = self._store.newest_valid()
-        start = 0
+        start, stored = 0, {}
         if path is not None:
             stored = state.read_state(path)
             self._check_epoch(stored)
@@ -116,6 +130,7 @@ class Watch:
             self._open(start)
             if path is not None:
                 self._say(f"continuing {self._folder} from {path.name}")
+        self.guards.begin(start, stored.get("guard"))
         self._started = self._flushed = time.monotonic()
         self._first = self._flushed_step = start
         return start
@@ -141,26 +156,29 @@ class Watch:
                 recipe.run.wandb, recipe.run.wandb_project, run_id, self._folder.name, self._folder, config
             )
 
-    def timed(self, batches: Iterable[Any]) -> Iterable[Any]:
+    def timed(self, batches: Iterable[Batch]) -> Iterable[Batch]:
         """The same batches; the time spent waiting for them is counted."""
         iterator = iter(batches)
         while True:
             before = time.monotonic()
+            self.guards.waiting()
             batch = next(iterator, None)
             self._data_seconds += time.monotonic() - before
             if batch is None:
                 return
+            self.guards.read(batch.samples)
             yield batch
 
     def record(self, step: int, metrics: Tensor, lr: float, ema_decay: float) -> None:
         """Remember what a step measured."""
         self._recorder.add({"step": step, "epoch": step / self._per_epoch, "lr": lr, "ema_decay": ema_decay}, metrics)
+        self.guards.stepped(step)
 
     def flush(self) -> bool:
         """Write the remembered steps; True when any rank was asked to stop.
 
         Raises:
-            RunFault: ten steps in a row had a non-finite loss or gradient.
+            RunFault: too many steps in a row were not applied, or the ranks' models differ.
         """
         records, votes = self._recorder.fetch()
         now = time.monotonic()
@@ -168,17 +186,37 @@ class Watch:
         records[-1]["images_per_s"] = (step - self._flushed_step) * self._recipe.train.global_batch / seconds
         records[-1]["data_wait"] = self._data_seconds / seconds
         self._last_loss = records[-1]["loss"]
+        self.guards.count(records)
         if self._ranks.main:
             self._publish(records)
+        self.guards.judge(records, seconds / len(records), self._data_seconds / len(records))
         self._data_seconds, self._flushed, self._flushed_step = 0.0, now, step
-        for record in records:
-            self._bad_steps = 0 if record["applied"] else self._bad_steps + 1
-        if self._bad_steps >= 10:
-            raise RunFault(
-                f"step {step}: {self._bad_steps} steps in a row had a non-finite loss or gradient; "
-                "start again in a new run.dir with a lower optim.blr, or remove the newest checkpoints to go back further"
-            )
         return votes.stop
+
+    def rewind(self, trainer: Trainer) -> int | None:
+        """Go back to the last checkpoint before a loss spike, if the last flush found one and that is asked for.
+
+        Returns:
+            The step to go on from, or None to go on as if nothing had been.
+        """
+        spike = self.guards.spike
+        if spike is None:
+            return None
+        self.guards.saving()
+        path = self._store.newest_valid(before=spike["step"])
+        if path is None:
+            self.guards.stay()
+            return None
+        stored = state.read_state(path)
+        step = int(stored["step"])
+        self.guards.rewind(step, stored.get("guard"))
+        state.restore(trainer, path, self._ranks.rank)
+        if self._log is not None and self._progress is not None:
+            self._log.close()
+            self._log = MetricsLog(self._log.path, step)
+            self._progress.back_to(step)
+        self._flushed, self._flushed_step = time.monotonic(), step
+        return step
 
     def _publish(self, records: list[dict[str, Any]]) -> None:
         assert self._log is not None
@@ -194,6 +232,7 @@ class Watch:
 
     def save(self, step: int, trainer: Trainer) -> None:
         """Write a checkpoint of `step`."""
+        self.guards.saving()
         if self._log is not None:
             self._log.sync()  # no checkpoint is ahead of the metrics, whatever fails
         own, metadata, shared = state.collect(trainer, self._ranks.rank)
@@ -201,6 +240,7 @@ class Watch:
             "epoch": step / self._per_epoch,
             "seed": self._recipe.run.seed,
             "recipe": self._recipe.model_dump(mode="json"),
+            "guard": self.guards.state(),
         }
         self._store.save(step, own, metadata, shared, content)
         self._flushed = time.monotonic() if self._flushed_step == step else self._flushed
@@ -209,14 +249,33 @@ class Watch:
         """How the run ended."""
         seconds, steps = time.monotonic() - self._started, step - self._first
         speed = steps * self._recipe.train.global_batch / seconds if steps else None
-        return Outcome(str(self._folder), step, self._stop_step, self._resumed_from, stopped_by, self._last_loss, speed)
+        return Outcome(
+            str(self._folder),
+            step,
+            self._stop_step,
+            self._resumed_from,
+            stopped_by,
+            self._last_loss,
+            speed,
+            dict(self._event_counts),
+        )
 
     def close(self) -> None:
         """Close files and trackers; safe to call twice."""
-        for part in (self._progress, self._wandb, self._log):
+        self.guards.close()
+        for part in (self._progress, self._wandb, self._log, self._events):
             if part is not None:
                 part.close()
-        self._progress = self._wandb = self._log = None
+        self._progress = self._wandb = self._log = self._events = None
+
+    def _event(self, kind: str, text: str, /, **fields: Any) -> None:
+        """Show and keep something that happened to the run."""
+        self._event_counts[kind] += 1
+        self._say(text)
+        if self._events is not None:
+            self._events.write(kind, text=text, **fields)
+        if self._wandb is not None:
+            self._wandb.log({"step": fields["step"], f"events/{kind}": self._event_counts[kind]})
 
     def _say(self, text: str) -> None:
         if self._ranks.main and self._progress is not None:
