@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from lut_ds.errors import UserError
+from lut_ds.method.degradations import make_degradation
 from lut_ds.method.masking import keep_count
 
 Positive = Annotated[int, Field(ge=1)]
@@ -87,8 +88,12 @@ class Method(Section):
 
     name: Literal["lut", "mae"] = "lut"
     """`lut`: two views and an EMA teacher; `mae`: one view, no teacher."""
-    mask_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.75
-    """Share of hidden patches of each view."""
+    mask_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.75
+    """Share of hidden patches of each view; 0, with a degradation only: none."""
+    degradation: str = "none"
+    """What else is taken from the student's views: none, or the name of a file of `lut_ds/method/degradations`."""
+    degradation_params: dict[str, float | str] = Field(default_factory=dict)
+    """Parameters of the degradation that differ from its defaults."""
     norm_pix: bool = True
     """Normalise each target patch by its own mean and variance."""
     w_mae: Annotated[float, Field(ge=0)] = 1.0
@@ -267,11 +272,26 @@ class Recipe(Section):
     guard: Guard = Field(default_factory=Guard)
     run: Run = Field(default_factory=Run)
 
+    @property
+    def view_side(self) -> int:
+        """Side of the views that are read, pixels: `model.image_size` unless a degradation reads another."""
+        degradation = make_degradation(self.method.degradation, self.method.degradation_params)
+        side = self.model.image_size
+        return side if degradation is None else degradation.view_side(side)
+
     @model_validator(mode="after")
     def _combine(self) -> "Recipe":
         views, patches = self.method.views, self.model.patches
         keep = keep_count(patches, self.method.mask_ratio)
-        if views == 2 and self.method.mask_ratio < 0.5:
+        try:
+            view_side = self.view_side
+        except ValueError as error:
+            raise ValueError(f"method.degradation: {error}") from None
+        if self.method.mask_ratio == 0 and self.method.degradation == "none":
+            raise ValueError(
+                "method.mask_ratio 0 leaves nothing to predict; raise it, or set method.degradation, e.g. to distorted"
+            )
+        if views == 2 and 0 < self.method.mask_ratio < 0.5:
             raise ValueError(
                 f"method.mask_ratio {self.method.mask_ratio} is below 0.5: the two views' visible patches could not be disjoint"
             )
@@ -279,10 +299,10 @@ class Recipe(Section):
             raise ValueError(
                 f"method.mask_ratio {self.method.mask_ratio} leaves no visible patch of {patches}; lower it"
             )
-        if views == 2 and self.data.crop_pad >= self.model.image_size:
+        if views == 2 and self.data.crop_pad >= view_side:
+            side = "model.image_size" if view_side == self.model.image_size else "the degradation's view side"
             raise ValueError(
-                f"data.crop_pad {self.data.crop_pad} is not below model.image_size {self.model.image_size}, "
-                "which reflection needs; lower it"
+                f"data.crop_pad {self.data.crop_pad} is not below {side} {view_side}, which reflection needs; lower it"
             )
         if self.train.micro_batch is not None and self.train.global_batch % self.train.micro_batch:
             raise ValueError(

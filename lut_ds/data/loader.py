@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 from lut_ds.data.order import SampleOrder
-from lut_ds.data.rng import STREAM_MASK, uniforms32
+from lut_ds.data.rng import STREAM_DEGRADATION, STREAM_MASK, uniforms32
 from lut_ds.data.sources import Source
 from lut_ds.data.stream import Job, ViewStream
 from lut_ds.data.tuning import DALI_DEFAULTS, GpuDecoder
@@ -23,6 +23,7 @@ class Batch:
     views: list[torch.Tensor]  # each uint8 [b, S, S, 3] on the training device
     noise: torch.Tensor  # float32 [b, L] uniform draws for the mask, on the training device
     samples: NDArray[np.int64]  # [b]
+    draws: torch.Tensor | None = None  # float32 [b, k] uniform draws for the degradation of the views, likewise
 
 
 class PretrainLoader:
@@ -41,6 +42,7 @@ class PretrainLoader:
         *,
         image_size: int,
         num_patches: int,
+        num_draws: int = 0,
         seed: int,
         global_batch: int,
         micro_batch: int,
@@ -64,7 +66,7 @@ class PretrainLoader:
                 "lower train.global_batch or add images"
             )
         self._source, self._views = source, list(views)
-        self._image_size, self._num_patches = image_size, num_patches
+        self._image_size, self._num_patches, self._num_draws = image_size, num_patches, num_draws
         self._seed, self._order = seed, SampleOrder(len(source), seed)
         self._micro_batch, self._rank, self._world_size = micro_batch, rank, world_size
         self._device, self._threads, self._prefetch = device, threads, prefetch
@@ -88,11 +90,9 @@ class PretrainLoader:
         self._streams.append(stream)
         try:
             for epoch, samples, views in stream:
-                noise = torch.from_numpy(uniforms32(self._seed, epoch, samples, STREAM_MASK, self._num_patches))
-                if self._device.type == "cuda":
-                    # From pageable memory the copy would wait for everything queued on the device.
-                    noise = noise.pin_memory().to(self._device, non_blocking=True)
-                yield Batch(views, noise, samples)
+                noise = self._uniform(epoch, samples, STREAM_MASK, self._num_patches)
+                draws = self._uniform(epoch, samples, STREAM_DEGRADATION, self._num_draws) if self._num_draws else None
+                yield Batch(views, noise, samples, draws)
         finally:
             stream.close()
             self._streams.remove(stream)
@@ -111,6 +111,12 @@ class PretrainLoader:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+    def _uniform(self, epoch: int, samples: NDArray[np.int64], stream: int, count: int) -> torch.Tensor:
+        """float32 [b, count] on the training device."""
+        values = torch.from_numpy(uniforms32(self._seed, epoch, samples, stream, count))
+        # From pageable memory the copy would wait for everything queued on the device.
+        return values.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else values
 
     def _plan(self, start_step: int, stop_step: int) -> Iterator[Job]:
         b, world = self._micro_batch, self._world_size

@@ -16,6 +16,7 @@ _ROUNDS = 10
 STREAM_BITS, BLOCK_BITS = 12, 20  # counter word 0 holds both, so streams of one sample never overlap
 STREAM_ORDER = 0
 STREAM_MASK = 1
+STREAM_DEGRADATION = 2
 
 
 def stream_geometry(view_index: int) -> int:

@@ -7,6 +7,7 @@ from torch import nn
 
 from lut_ds.config import Recipe
 from lut_ds.method.decoder import Decoder
+from lut_ds.method.degradations import make_degradation
 from lut_ds.method.encoder import Encoder
 from lut_ds.method.flops import Shape
 from lut_ds.method.heads import make_head
@@ -29,8 +30,11 @@ def build_student(recipe: Recipe) -> MAE:
         decoder = Decoder(m.width, m.grid, m.decoder_width, m.decoder_depth, m.decoder_heads, m.patch_dim, m.mlp_ratio)
         if recipe.train.activation_checkpointing:
             encoder.grad_checkpointing = decoder.grad_checkpointing = True
+        degradation = make_degradation(method.degradation, method.degradation_params)
         if method.name == "mae":
-            return MAE(encoder, decoder, mask_ratio=method.mask_ratio, norm_pix=method.norm_pix)
+            return MAE(
+                encoder, decoder, mask_ratio=method.mask_ratio, norm_pix=method.norm_pix, degradation=degradation
+            )
         return LUT(
             encoder,
             decoder,
@@ -38,6 +42,7 @@ def build_student(recipe: Recipe) -> MAE:
             make_head(method.predictor_depth, m.width, method.head_hidden, method.head_norm, method.head_act),
             mask_ratio=method.mask_ratio,
             norm_pix=method.norm_pix,
+            degradation=degradation,
             w_mae=method.w_mae,
             w_bc=method.w_bc,
         )

@@ -23,10 +23,14 @@ from lut_ds.method.heads import HeadBatchNorm
 
 
 class MicroBatch(Protocol):
-    """What the step needs of a batch: views (uint8 [b, S, S, 3] each) and mask noise [b, L], on the training device."""
+    """What the step needs of a batch, on the training device.
+
+    Views (uint8 [b, V, V, 3] each), mask noise [b, L], and uniform draws [b, k] where a degradation needs them.
+    """
 
     views: list[Tensor]
     noise: Tensor
+    draws: Tensor | None
 
 
 class Votes(NamedTuple):
@@ -143,7 +147,7 @@ class Trainer:
         with (
             self.clock if self.teacher is None else nullcontext()
         ):  # beside a teacher, batch norm waits for other ranks
-            losses = self.engine(batch.views, batch.noise, teacher_q)
+            losses = self.engine(batch.views, batch.noise, teacher_q, batch.draws)
         self.engine.backward(losses["loss"])
         return losses
 

@@ -23,6 +23,7 @@ from lut_ds.engine.signals import StopRequest, listen
 from lut_ds.engine.step import Trainer, Votes, split_batch
 from lut_ds.engine.watch import Outcome, Watch
 from lut_ds.errors import RunFault, UserError
+from lut_ds.method.degradations import make_degradation
 
 T = TypeVar("T")
 
@@ -59,6 +60,12 @@ def view_specs(recipe: Recipe) -> list[ViewSpec]:
     return [mild, replace(mild, photometric=photometric)]
 
 
+def draws_per_sample(recipe: Recipe) -> int:
+    """Uniform numbers that the degradation of a sample's views needs."""
+    degradation = make_degradation(recipe.method.degradation, recipe.method.degradation_params)
+    return degradation.draws * recipe.method.views if degradation is not None else 0
+
+
 def open_source(recipe: Recipe) -> sources.Source:
     """The training images of `data.path`."""
     if recipe.data.path is None:
@@ -92,8 +99,9 @@ def pretrain(recipe: Recipe, recipe_name: str) -> Outcome:
         loader = PretrainLoader(
             source,
             view_specs(recipe),
-            image_size=recipe.model.image_size,
+            image_size=recipe.view_side,
             num_patches=recipe.model.patches,
+            num_draws=draws_per_sample(recipe),
             seed=recipe.run.seed,
             global_batch=recipe.train.global_batch,
             micro_batch=micro_batch,

@@ -12,7 +12,7 @@ class Masking(NamedTuple):
     Attributes:
         ids_shuffle: int64 [B, L], the permutation both views share.
         ids_restore: int64 [B, L], its inverse.
-        ids_keep: one int64 [B, K] a view, disjoint between views.
+        ids_keep: one int64 [B, K] a view, disjoint between views unless nothing is masked.
         ids_hidden: int64 [B, L-K], the patches that view 1's encoder does not see (the ones to reconstruct).
     """
 
@@ -40,13 +40,16 @@ def disjoint_masks(noise: Tensor, mask_ratio: float, views: int) -> Masking:
 
     Args:
         noise: float [B, L]; ascending order defines the permutation (ties broken by index).
-        mask_ratio: share of hidden patches, at least 0.5 for two views.
+        mask_ratio: share of hidden patches, at least 0.5 for two views; or 0: every view shows all, in raster order.
         views: 1 (MAE) or 2 (LUT).
 
     Raises:
         ValueError: if the views' visible sets would overlap or be empty.
     """
     patches = noise.shape[1]
+    if mask_ratio == 0:
+        raster = torch.arange(patches, device=noise.device).repeat(len(noise), 1)
+        return Masking(raster, raster, (raster,) * views, raster[:, :0])
     keep = keep_count(patches, mask_ratio)
     if keep < 1 or keep * views > patches:
         raise ValueError(

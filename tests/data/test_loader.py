@@ -23,13 +23,14 @@ from tests.data.images import difference
 from tests.golden_data import GOLDEN_DIR, golden_json
 
 CPU = torch.device("cpu")
-SIZE, PATCHES, GLOBAL = 24, 9, 16
+SIZE, PATCHES, DRAWS, GLOBAL = 24, 9, 3, 16
 
 
 def loader(root: Path, **options: Any) -> PretrainLoader:
     settings: dict[str, Any] = {
         "image_size": SIZE,
         "num_patches": PATCHES,
+        "num_draws": DRAWS,
         "seed": 11,
         "global_batch": GLOBAL,
         "micro_batch": 4,
@@ -53,8 +54,8 @@ def run_all_ranks(root: Path, start: int, stop: int, world_size: int, **options:
 
 
 def stacked(batches: list[Batch]) -> list[np.ndarray]:
-    """samples, noise, view 1, view 2 of all batches, end to end."""
-    parts = ((b.samples, b.noise.numpy(), *(view.numpy() for view in b.views)) for b in batches)
+    """samples, noise, draws, view 1, view 2 of all batches, end to end."""
+    parts = ((b.samples, b.noise.numpy(), b.draws.numpy(), *(view.numpy() for view in b.views)) for b in batches)
     return [np.concatenate(part) for part in zip(*parts)]
 
 
@@ -75,15 +76,18 @@ def test_shapes_and_types(photos: Path, uninterrupted: list[Batch]) -> None:
     batch = uninterrupted[0]
     assert [(view.shape, view.dtype) for view in batch.views] == [((4, SIZE, SIZE, 3), torch.uint8)] * 2
     assert (batch.noise.shape, batch.noise.dtype) == ((4, PATCHES), torch.float32)
+    assert (batch.draws.shape, batch.draws.dtype) == ((4, DRAWS), torch.float32)
+    assert run(photos, 0, 1, num_draws=0)[0].draws is None
     assert (batch.samples.shape, batch.samples.dtype) == ((4,), np.int64)
 
 
 def test_every_sample_at_most_once_an_epoch(uninterrupted: list[Batch]) -> None:
-    samples, noise, *_ = stacked(uninterrupted)
+    samples, noise, draws, *_ = stacked(uninterrupted)
     first, second = samples[:32], samples[32:64]
     assert len(set(first)) == len(set(second)) == 32
     assert not np.array_equal(first, second)
     assert len(np.unique(noise)) > 0.99 * noise.size
+    assert len(np.unique([noise[:, :DRAWS], draws])) > 0.99 * 2 * draws.size
 
 
 @pytest.mark.parametrize(("world_size", "micro_batch"), [(1, 16), (2, 4), (2, 8), (4, 4), (4, 2), (1, 1)])

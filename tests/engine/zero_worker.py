@@ -22,6 +22,7 @@ from tests.engine.tiny import DECAYS, LEARNING_RATES, pixels
 class Batch:
     views: list[Tensor]
     noise: Tensor
+    draws: Tensor | None = None
 
 
 def main() -> None:
