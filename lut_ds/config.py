@@ -125,6 +125,12 @@ class Data(Section):
     path: str | None = None
     """Image folder (DIR/train/<class>/*.jpg, DIR/<class>/*.jpg or DIR/*.jpg), folder or pattern of .tar shards, index (.lut),
     list of files (.txt, .lst), or a source of your own: package.module:factory?argument."""
+    shuffle: Literal["global", "blocks"] = "global"
+    """Order of an epoch: `global` any sample at any time; `blocks` nearly sequential reads, for storage that needs them."""
+    shuffle_block: Positive = 256
+    """With `blocks`: neighbouring samples that are kept near each other."""
+    shuffle_window: Positive = 256
+    """With `blocks`: blocks whose samples are shuffled among themselves; batches mix no more than these."""
     hflip: Fraction = 0.5
     """Probability of a horizontal flip, drawn for each view."""
     crop_pad: Annotated[int, Field(ge=0)] = 4

@@ -21,7 +21,7 @@ from lut_ds.config import Recipe
 from lut_ds.data.loader import PretrainLoader
 from lut_ds.data.tuning import Loading
 from lut_ds.data.views import ViewSpec
-from lut_ds.engine.train import open_source, view_specs
+from lut_ds.engine.train import open_source, sample_order, view_specs
 
 Batches = Iterator[list[Tensor]]
 
@@ -29,8 +29,9 @@ Batches = Iterator[list[Tensor]]
 def ours(recipe: Recipe, batch_size: int, how: Loading, device: torch.device, work: Path) -> Batches:
     """`PretrainLoader` in this process, with `how.threads` threads; views uint8 [b, S, S, 3] on `device`."""
     assert recipe.data.path is not None
+    source = open_source(recipe)
     loader = PretrainLoader(
-        open_source(recipe),
+        source,
         view_specs(recipe),
         image_size=recipe.model.image_size,
         num_patches=recipe.model.patches,
@@ -41,6 +42,7 @@ def ours(recipe: Recipe, batch_size: int, how: Loading, device: torch.device, wo
         world_size=1,
         device=device,
         **vars(how),
+        order=sample_order(recipe, len(source)),
     )
     with loader:
         for batch in loader.batches(0, 1 << 40):

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lut_ds.data.order import SampleOrder
+from lut_ds.data.order import Order, SampleOrder
 from lut_ds.data.rng import STREAM_DEGRADATION, STREAM_MASK, uniforms32
 from lut_ds.data.sources import Source
 from lut_ds.data.stream import Job, ViewStream
@@ -32,7 +32,8 @@ class PretrainLoader:
     Step s is in-epoch step k = s % steps_per_epoch of epoch s // steps_per_epoch and takes positions [k*G, (k+1)*G) of that
     epoch's order; micro-batch m of rank r takes [k*G + m*W*b + r*b, + b). So the samples and pixels of a step depend neither on
     the world size W nor on the threads, and a run resumes from one integer. The last, incomplete global batch of an epoch
-    is dropped. Raises UserError when the batch sizes do not divide or the source is smaller than one global batch.
+    is dropped. `order` is a global shuffle unless given. Raises UserError when the batch sizes do not divide or the source is
+    smaller than one global batch.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class PretrainLoader:
         threads: int,
         prefetch: int = 2,
         gpu_decoder: GpuDecoder = DALI_DEFAULTS,
+        order: Order | None = None,
     ) -> None:
         self.accumulation, rest = divmod(global_batch, micro_batch * world_size)
         if rest or not self.accumulation:
@@ -67,7 +69,7 @@ class PretrainLoader:
             )
         self._source, self._views = source, list(views)
         self._image_size, self._num_patches, self._num_draws = image_size, num_patches, num_draws
-        self._seed, self._order = seed, SampleOrder(len(source), seed)
+        self._seed, self._order = seed, order or SampleOrder(len(source), seed)
         self._micro_batch, self._rank, self._world_size = micro_batch, rank, world_size
         self._device, self._threads, self._prefetch = device, threads, prefetch
         self._gpu_decoder = gpu_decoder

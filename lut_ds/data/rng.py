@@ -17,6 +17,7 @@ STREAM_BITS, BLOCK_BITS = 12, 20  # counter word 0 holds both, so streams of one
 STREAM_ORDER = 0
 STREAM_MASK = 1
 STREAM_DEGRADATION = 2
+STREAM_BLOCKS, STREAM_WINDOW, STREAM_ROTATION = 3, 4, 5  # of the order that shuffles by blocks
 
 
 def stream_geometry(view_index: int) -> int:

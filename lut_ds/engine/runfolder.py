@@ -129,15 +129,16 @@ def _check_same(folder: Path, stored: Path, recipe: Recipe) -> None:
         assert isinstance(old, dict)
     except (OSError, yaml.YAMLError, AssertionError) as error:
         raise UserError(f"run.dir: {stored} is not readable; name another folder") from error
-    new = json.loads(recipe.model_dump_json())
+    new, defaults = (json.loads(r.model_dump_json()) for r in (recipe, Recipe()))
     for section in new:
         for key, value in new[section].items():
             name = f"{section}.{key}"
             if section == "guard" or (section == "run" and key != "seed") or name in FREE:
                 continue
-            if old.get(section, {}).get(key) != value:
+            there = old.get(section, {}).get(key, defaults[section][key])  # a key younger than the run had its default
+            if there != value:
                 raise UserError(
-                    f"run.dir: {folder} holds a run of another recipe: {name} is {old.get(section, {}).get(key)!r} there and {value!r} here"
+                    f"run.dir: {folder} holds a run of another recipe: {name} is {there!r} there and {value!r} here"
                     "; name another run.dir, or give the same recipe to continue"
                 )
 

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from lut_ds.config import Recipe
 from lut_ds.data import sources
 from lut_ds.data.loader import Batch, PretrainLoader
+from lut_ds.data.order import BlockOrder, Order, SampleOrder
 from lut_ds.data.tuning import Loading, choose_loading
 from lut_ds.data.views import Photometric, ViewSpec
 from lut_ds.engine.launch import Ranks, discover_ranks, process_group, rank_cores
@@ -80,6 +81,13 @@ def loading(recipe: Recipe, device: torch.device) -> Loading:
     return choose_loading(data.threads, data.prefetch, data.hw_decoder_load, rank_cores(), gpu, recipe.model.image_size)
 
 
+def sample_order(recipe: Recipe, images: int) -> Order:
+    """The order in which a recipe reads."""
+    if recipe.data.shuffle == "blocks":
+        return BlockOrder(images, recipe.run.seed, recipe.data.shuffle_block, recipe.data.shuffle_window)
+    return SampleOrder(images, recipe.run.seed)
+
+
 def pretrain(recipe: Recipe, recipe_name: str) -> Outcome:
     """Run, or continue, a pre-training; the process must be one of the launcher's ranks.
 
@@ -109,6 +117,7 @@ def pretrain(recipe: Recipe, recipe_name: str) -> Outcome:
             world_size=ranks.world_size,
             device=ranks.device,
             **vars(loading(recipe, ranks.device)),
+            order=sample_order(recipe, len(source)),
         )
         with loader:
             trainer = Trainer(recipe, ranks, micro_batch, accumulation)

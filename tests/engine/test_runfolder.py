@@ -62,3 +62,16 @@ def test_what_is_learned_cannot_change_and_the_rest_can(tmp_path: Path, recipe: 
     tree["optim"]["weight_decay"] = 0.1
     with pytest.raises(UserError, match=r"optim.weight_decay is 0.05 there and 0.1 here"):
         open_run_folder(tmp_path / "run", parse_recipe(tree, "other"))
+
+
+def test_a_key_that_is_younger_than_the_run_had_its_default(tmp_path: Path, recipe: Recipe) -> None:
+    open_run_folder(tmp_path / "run", recipe).close()
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1}\n')
+    stored = tmp_path / "run" / "recipe.yaml"
+    tree = yaml.safe_load(stored.read_text())
+    del tree["data"]["shuffle"]
+    stored.write_text(yaml.safe_dump(tree))
+    other = recipe.model_copy(update={"data": recipe.data.model_copy(update={"shuffle": "blocks"})})
+    with pytest.raises(UserError, match=r"data.shuffle is 'global' there and 'blocks' here"):
+        open_run_folder(tmp_path / "run", other)
+    open_run_folder(tmp_path / "run", recipe).close()
