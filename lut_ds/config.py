@@ -222,6 +222,8 @@ class Run(Section):
     """Steps between writes of metrics (every step is recorded)."""
     save_every: Positive | None = None
     """Steps between checkpoints; null: every epoch."""
+    async_save: bool = True
+    """Write checkpoints beside the steps, which stand still for a copy to host memory only (as large as the checkpoint)."""
     keep_last: Positive = 2
     """Newest checkpoints kept."""
     keep_every_epochs: Positive | None = 100

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from lut_ds.config import shipped_recipes
-from lut_ds.engine.checkpoint import verify
+from lut_ds.engine.manifest import verify
 from tests.engine.tiny import tiny_tree
 
 DONE, FAULT, BAD_INPUT = 0, 1, 2
@@ -199,7 +199,7 @@ def test_no_space_left_keeps_the_last_good_checkpoint(recipe: Path, tmp_path: Pa
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=600k", "none", disk], capture_output=True, check=False
+        ["mount", "-t", "tmpfs", "-o", "size=1400k", "none", disk], capture_output=True, check=False
     )
     if mounted.returncode:
         pytest.skip("needs the right to mount a small file system")

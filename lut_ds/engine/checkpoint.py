@@ -1,4 +1,4 @@
-"""Checkpoint folders that can be trusted: written aside, hashed, renamed whole, verified before use.
+"""Checkpoint folders that can be trusted: written aside, hashed, read back, renamed whole, verified before use.
 
     checkpoints/step_00000020/rank_00000.safetensors   this rank's fp32 shards and generator states
                               shared.safetensors       what is equal on all ranks
@@ -7,42 +7,57 @@
     checkpoints/latest                                 name of the newest, replaced atomically
 
 Only safetensors and JSON: nothing in a checkpoint can execute code.
+
+A save has two phases, each on a thread of its own beside the steps: every rank writes its files, reads them back and
+compares; then rank 0 publishes (manifest, rename, `latest`) and only then removes what is no longer kept. Between them,
+and after them, the ranks agree. Killed at any instant, a run has either its old newest checkpoint or the new one, whole.
 """
 
 import errno
-import hashlib
-import json
 import os
-import re
 import shutil
+import threading
+import time
+import uuid
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from lut_ds.engine.files import sync_folder, write_json, write_tensors, write_text_atomically
+from lut_ds.engine.manifest import FORMAT, rank_file, step_folders, step_name, verify, verify_file
+from lut_ds.engine.sharedfolder import check_shared
 from lut_ds.errors import RunFault, UserError
 
-FORMAT = 1
+
+@dataclass(frozen=True)
+class Saved:
+    """A finished save: its folder, size in bytes over all ranks, seconds of the slowest rank's writing and of publishing."""
+
+    step: int
+    path: Path
+    size: int
+    write_seconds: float
+    publish_seconds: float
 
 
-def step_name(step: int) -> str:
-    """Folder name of a step."""
-    return f"step_{step:08d}"
+@dataclass
+class _Save:
+    """A save in flight; `files` is what all ranks wrote, once they agreed on it."""
 
-
-def step_folders(folder: Path) -> list[Path]:
-    """Finished checkpoints in a folder, newest first; what else lies there is not ours."""
-    return sorted(
-        (p for p in folder.glob("step_*") if re.fullmatch(r"step_\d{8,}", p.name) and p.is_dir()), reverse=True
-    )
+    step: int
+    partial: Path
+    job: Future[Any]
+    files: dict[str, Any] | None = None
+    write_seconds: float = 0.0
 
 
 class CheckpointStore:
-    """The checkpoints of one run; every method but `candidates` is a collective call of all ranks.
+    """The checkpoints of one run. `save`, `start`, `advance`, `finish` and `newest_valid` are collective calls of all ranks.
 
     Args:
         folder: `<run>/checkpoints`.
@@ -51,6 +66,9 @@ class CheckpointStore:
         keep_every: steps whose multiples are kept for ever; None keeps none beyond `keep_last`.
         report: takes one line about damaged or removed checkpoints (rank 0 only).
     """
+
+    # A network file system may show another node's files this much later, seconds.
+    PATIENCE = 60.0
 
     def __init__(
         self,
@@ -63,66 +81,118 @@ class CheckpointStore:
     ) -> None:
         self.folder, self.rank, self.world_size = folder, rank, world_size
         self.keep_last, self.keep_every, self.report = keep_last, keep_every, report
+        self._save: _Save | None = None
+        self._cancel = threading.Event()
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         if rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
             for leftover in [*folder.glob(".step_*.partial"), *folder.glob(".step_*.removed")]:
-                shutil.rmtree(leftover)
-        dist.barrier()
+                shutil.rmtree(leftover, ignore_errors=True)  # what cannot be removed now is only not looked at
+        # A rank of an earlier start that is slow to die must not write into this start's folders.
+        token = [uuid.uuid4().hex[:8]]
+        dist.broadcast_object_list(token, src=0)
+        self._token = token[0]
+        check_shared(folder, rank, world_size, self.PATIENCE)
+
+    @property
+    def in_flight(self) -> bool:
+        """Whether a save was started and not finished; the same on all ranks."""
+        return self._save is not None
+
+    @property
+    def busy(self) -> bool:
+        """Whether this rank's thread still works on it."""
+        return self._save is not None and not self._save.job.done()
 
     def save(
         self,
         step: int,
-        own: dict[str, Tensor],
+        own: Mapping[str, Tensor],
         metadata: Mapping[str, str],
-        shared: dict[str, Tensor],
-        state: dict[str, Any],
+        shared: Mapping[str, Tensor],
+        state: Mapping[str, Any],
     ) -> Path:
-        """Write a checkpoint; on return it is complete on disk and `latest` names it.
+        """`start` and `finish`: on return the checkpoint is complete on disk and `latest` names it."""
+        self.start(step, own, metadata, shared, state)
+        saved = self.finish()
+        assert saved is not None
+        return saved.path
+
+    def start(
+        self,
+        step: int,
+        own: Mapping[str, Tensor],
+        metadata: Mapping[str, str],
+        shared: Mapping[str, Tensor],
+        state: Mapping[str, Any],
+        expected_bytes: int | None = None,
+    ) -> None:
+        """Begin a save in the background; one that is in flight is finished first.
 
         Args:
             step: optimizer steps done.
             own: this rank's tensors; metadata: strings stored beside them.
-            shared: tensors equal on all ranks, and state: JSON values (rank 0's are written).
+            shared: tensors equal on all ranks, and state: JSON values (rank 0's are written). No tensor may change until
+                the save is finished.
+            expected_bytes: what all ranks will write together; None: this rank's share times the ranks.
+
+        Raises:
+            RunFault: the one in flight failed.
+        """
+        self.finish()
+        partial = self.folder / f".{step_name(step)}.{self._token}.partial"
+        need = expected_bytes or self.world_size * sum(t.numel() * t.element_size() for t in own.values())
+
+        def write() -> tuple[dict[str, Any], float]:
+            begun = time.monotonic()
+            partial.mkdir(parents=True, exist_ok=True)
+            _check_space(partial, need)
+            name, cancelled = rank_file(self.rank), self._cancel.is_set
+            files = {name: write_tensors(partial / name, own, metadata, cancelled)}
+            if self.rank == 0:
+                name = "shared.safetensors"
+                files[name] = write_tensors(partial / name, shared, {}, cancelled)
+                files["state.json"] = write_json(partial / "state.json", {"step": step, **state})
+            return files, time.monotonic() - begun
+
+        self._save = _Save(step, partial, self._pool.submit(write))
+
+    def advance(self) -> Saved | None:
+        """Take the save in flight to its next phase, waiting for the slowest rank; returns it when it is finished.
+
+        Without waiting if no rank is busy: ranks that vote with every step know that.
 
         Raises:
             RunFault: on every rank when any rank could not write; earlier checkpoints are untouched.
         """
-        partial, final = self.folder / f".{step_name(step)}.partial", self.folder / step_name(step)
+        save = self._save
+        if save is None:
+            return None
+        results = self._agree(save)
+        if save.files is None:
+            save.files = {name: entry for files, _ in results for name, entry in files.items()}
+            save.write_seconds = max(seconds for _, seconds in results)
+            save.job = self._pool.submit(self._publish, save.step, save.partial, save.files)
+            return None
+        self._save = None
+        size = sum(entry["size"] for entry in save.files.values())
+        return Saved(save.step, self.folder / step_name(save.step), size, save.write_seconds, results[0])
 
-        def prepare() -> None:
-            if self.rank == 0:
-                shutil.rmtree(partial, ignore_errors=True)
-                partial.mkdir()
+    def finish(self) -> Saved | None:
+        """Wait until the save in flight, if any, is complete on disk.
 
-        def write() -> dict[str, Any]:
-            files = {f"rank_{self.rank:05d}.safetensors": (own, dict(metadata))}
-            if self.rank == 0:
-                files["shared.safetensors"] = (shared, {})
-                write_json(partial / "state.json", {"step": step, **state})
-            for name, (tensors, strings) in files.items():
-                save_file(tensors, partial / name, strings or None)  # no tensors with empty metadata is not readable
-                open_to_readers(partial / name)
-            names = [*files, *(["state.json"] if self.rank == 0 else [])]
-            return {name: describe_file(partial / name) for name in names}
+        Raises:
+            RunFault: as `advance`.
+        """
+        saved = None
+        while self._save is not None:
+            saved = self.advance()
+        return saved
 
-        def publish() -> None:
-            if self.rank == 0:
-                files = {name: entry for part in entries for name, entry in part.items()}
-                write_json(
-                    partial / "manifest.json",
-                    {"format": FORMAT, "step": step, "world_size": self.world_size, "files": files},
-                )
-                if final.exists():  # a damaged one of the same step, or the run was rewound
-                    self._remove(final)
-                os.replace(partial, final)
-                sync_folder(self.folder)
-                write_text_atomically(self.folder / "latest", final.name + "\n")
-                self._retire(step)
-
-        self._all_ranks(step, prepare)
-        entries = self._all_ranks(step, write)
-        self._all_ranks(step, publish)
-        return final
+    def close(self) -> None:
+        """Give up what is in flight, without the other ranks; safe to call twice."""
+        self._cancel.set()
+        self._pool.shutdown(wait=False, cancel_futures=True)
 
     def newest_valid(self, before: int | None = None) -> Path | None:
         """The newest checkpoint whose every file has the size and hash its manifest names; damaged ones are reported.
@@ -130,6 +200,7 @@ class CheckpointStore:
         Args:
             before: of a step below this one; None: of any.
         """
+        self.finish()
         # Listings of a shared file system can differ between nodes for a while: all ranks go by rank 0's.
         listed: list[list[Path]] = [
             [p for p in self.candidates() if before is None or int(p.name.removeprefix("step_")) < before]
@@ -155,132 +226,84 @@ class CheckpointStore:
         """Finished checkpoints, newest first."""
         return step_folders(self.folder)
 
-    def _retire(self, newest: int) -> None:
-        """Remove old checkpoints; only ever called after a newer one is complete."""
-        steps = sorted(int(p.name.removeprefix("step_")) for p in step_folders(self.folder))
-        for step in [s for s in steps if s <= newest][: -self.keep_last]:
-            if self.keep_every is None or step % self.keep_every:
-                self._remove(self.folder / step_name(step))
-
-    def _remove(self, path: Path) -> None:
-        """Remove a checkpoint; killed in the middle, it leaves no half of one under its name."""
-        aside = path.with_name(f".{path.name}.removed")
-        os.replace(path, aside)
-        shutil.rmtree(aside)
-
-    def _all_ranks(self, step: int, action: Callable[[], Any]) -> list[Any]:
-        """Run `action` on every rank; a failure on one is an error on all, so that nobody waits for the dead."""
+    def _agree(self, save: _Save) -> list[Any]:
+        """Every rank's result of a phase; a failure on one is an error on all, so that nobody waits for the dead."""
         result, failure = None, None
         try:
-            result = action()
-        except (OSError, SafetensorError) as error:
-            full = (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "os error 28" in str(error)
-            failure = f"rank {self.rank}: {'disk full: ' if full else ''}{error}"
+            result = save.job.result()
+        except OSError as error:
+            full = "disk full: " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+            failure = (
+                f"rank {self.rank}: {full}{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
+            )
         gathered: list[Any] = [None] * self.world_size
         dist.all_gather_object(gathered, (result, failure))
         failures = [f for _, f in gathered if f]
         if failures:
+            self._save = None
             if self.rank == 0:
-                shutil.rmtree(self.folder / f".{step_name(step)}.partial", ignore_errors=True)
+                shutil.rmtree(save.partial, ignore_errors=True)
             raise RunFault(
-                f"checkpoint of step {step} not written to {self.folder}: {failures[0]}; earlier checkpoints are intact"
+                f"checkpoint of step {save.step} not written to {self.folder}: {failures[0]}; earlier checkpoints are intact"
             )
         return [r for r, _ in gathered]
 
+    def _publish(self, step: int, partial: Path, files: dict[str, Any]) -> float:
+        """Make the written files a checkpoint (rank 0); returns the seconds it took."""
+        begun = time.monotonic()
+        if self.rank == 0:
+            self._see_all(partial, files)
+            write_json(
+                partial / "manifest.json",
+                {"format": FORMAT, "step": step, "world_size": self.world_size, "files": files},
+            )
+            sync_folder(partial)
+            final = self.folder / step_name(step)
+            replaced = _set_aside(final) if final.exists() else None  # a damaged one, or the run was rewound
+            os.replace(partial, final)
+            sync_folder(self.folder)
+            write_text_atomically(self.folder / "latest", final.name + "\n")
+            if replaced is not None:
+                shutil.rmtree(replaced, ignore_errors=True)
+            self._retire(step)
+        return time.monotonic() - begun
 
-def describe_file(path: Path) -> dict[str, Any]:
-    """Size and SHA-256 of a file, after it reached the disk."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"size": path.stat().st_size, "sha256": digest}
+    def _see_all(self, partial: Path, files: dict[str, Any]) -> None:
+        """Wait until every rank's file is there in full, as this node sees it."""
+        deadline = time.monotonic() + self.PATIENCE
+        for name, entry in files.items():
+            while problem := verify_file(partial / name, entry, whole=False):
+                if time.monotonic() > deadline or self._cancel.wait(0.5):
+                    raise OSError(
+                        errno.ENOENT,
+                        f"another rank's {name} is not seen from rank 0 ({problem}): run.dir must be one folder that all nodes share",
+                    )
+
+    def _retire(self, newest: int) -> None:
+        """Remove old checkpoints; only ever called after a newer one was read back and published."""
+        steps = sorted(int(p.name.removeprefix("step_")) for p in step_folders(self.folder))
+        for step in [s for s in steps if s <= newest][: -self.keep_last]:
+            if self.keep_every is None or step % self.keep_every:
+                shutil.rmtree(_set_aside(self.folder / step_name(step)), ignore_errors=True)
 
 
-def open_to_readers(path: Path) -> None:
-    """Give a file the permissions that the user's umask asks for; safetensors writes 0600."""
-    umask = os.umask(0)
-    os.umask(umask)
-    path.chmod(0o666 & ~umask)
+def _set_aside(path: Path) -> Path:
+    """Rename a checkpoint that goes: killed while removing it, no half of one is left under its name."""
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.removed")
+    os.replace(path, aside)
+    return aside
 
 
-def sync_folder(path: Path) -> None:
-    """Wait until the names in a folder are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _check_space(partial: Path, need: int) -> None:
+    """Refuse to begin what will not fit.
 
-
-def read_manifest(path: Path) -> dict[str, Any]:
-    """A checkpoint's manifest.
-
-    Raises:
-        ValueError: missing, unreadable or of another format.
+    Args:
+        need: bytes of all ranks together; what some wrote already is counted.
     """
-    try:
-        manifest = json.loads((path / "manifest.json").read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"manifest.json: {error}") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        found = manifest.get("format") if isinstance(manifest, dict) else manifest
-        raise ValueError(f"manifest.json: expected format {FORMAT}, found {found!r}")
-    files, world_size = manifest.get("files"), manifest.get("world_size")
-    if not isinstance(files, dict) or not isinstance(world_size, int):
-        raise ValueError("manifest.json: expected files and world_size")
-    expected = {"state.json", "shared.safetensors", *(f"rank_{rank:05d}.safetensors" for rank in range(world_size))}
-    if different := expected ^ set(files):
-        raise ValueError(f"manifest.json: expected the files of {world_size} ranks, {min(different)} differs")
-    for name, entry in files.items():
-        if not (
-            isinstance(entry, dict) and isinstance(entry.get("size"), int) and isinstance(entry.get("sha256"), str)
-        ):
-            raise ValueError(f"manifest.json: expected size and sha256 of {name}, found {entry!r}")
-    return manifest
-
-
-def verify(path: Path, part: int = 0, parts: int = 1) -> str | None:
-    """What is wrong with a checkpoint, or None. Each of `parts` callers checks its share of the files."""
-    try:
-        manifest = read_manifest(path)
-    except ValueError as error:
-        return str(error)
-    for index, (name, expected) in enumerate(sorted(manifest["files"].items())):
-        try:
-            problem = _verify_file(path / name, expected, index % parts == part)
-        except (OSError, SafetensorError) as error:
-            problem = str(error)
-        if problem:
-            return f"{name}: {problem}"
-    return None
-
-
-def _verify_file(file: Path, expected: dict[str, Any], whole: bool) -> str | None:
-    if not file.is_file():
-        return "missing"
-    if file.stat().st_size != expected["size"]:
-        return f"expected {expected['size']} bytes, found {file.stat().st_size}"
-    if whole and describe_file(file)["sha256"] != expected["sha256"]:
-        return "content does not match its SHA-256"
-    if whole and file.suffix == ".safetensors":
-        with safe_open(file, "pt"):  # raises for anything else, such as a pickle
-            return None
-    return None
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON and wait until it is on the disk."""
-    with path.open("w") as file:
-        json.dump(value, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def write_text_atomically(path: Path, text: str) -> None:
-    """Replace a file's content in one step, so that a reader never sees half of it."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    with aside.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+    need += need // 100 + (1 << 14)  # headers, state, and the file system's own
+    free = shutil.disk_usage(partial).free + sum(file.stat().st_size for file in partial.iterdir())
+    if free < need:
+        raise OSError(
+            errno.ENOSPC,
+            f"{need / 1e9:.3g} GB needed, {free / 1e9:.3g} GB free; free space, or lower run.keep_last, and run again",
+        )

@@ -18,7 +18,8 @@ from typing import Any, TextIO
 import yaml
 
 from lut_ds.config import Recipe
-from lut_ds.engine.checkpoint import step_folders, write_text_atomically
+from lut_ds.engine.files import write_text_atomically
+from lut_ds.engine.manifest import step_folders
 from lut_ds.errors import RunFault, UserError
 
 # What may differ between a run and its continuation: how it is distributed, watched and stopped, not what is learned.
@@ -127,20 +128,30 @@ def _check_same(folder: Path, stored: Path, recipe: Recipe) -> None:
     try:
         old = yaml.safe_load(stored.read_text())
         assert isinstance(old, dict)
-    except (OSError, yaml.YAMLError, AssertionError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, AssertionError) as error:
         raise UserError(f"run.dir: {stored} is not readable; name another folder") from error
+    difference = recipe_difference(old, recipe)
+    if difference:
+        raise UserError(
+            f"run.dir: {folder} holds a run of another recipe: {difference}; name another run.dir, or give the same recipe "
+            "to continue"
+        )
+
+
+def recipe_difference(stored: dict[str, Any], recipe: Recipe) -> str | None:
+    """The first key of what is learned whose value is another in a stored recipe, with both values; None if there is none."""
     new, defaults = (json.loads(r.model_dump_json()) for r in (recipe, Recipe()))
     for section in new:
+        old = stored.get(section)
         for key, value in new[section].items():
             name = f"{section}.{key}"
             if section == "guard" or (section == "run" and key != "seed") or name in FREE:
                 continue
-            there = old.get(section, {}).get(key, defaults[section][key])  # a key younger than the run had its default
+            default = defaults[section][key]  # a key younger than the run had its default
+            there = old.get(key, default) if isinstance(old, dict) else default
             if there != value:
-                raise UserError(
-                    f"run.dir: {folder} holds a run of another recipe: {name} is {there!r} there and {value!r} here"
-                    "; name another run.dir, or give the same recipe to continue"
-                )
+                return f"{name} is {there!r} there and {value!r} here"
+    return None
 
 
 def environment() -> dict[str, Any]:
@@ -180,9 +191,9 @@ def git_state(folder: Path) -> dict[str, Any] | None:
     return {"commit": commit.stdout.strip(), "dirty": bool(status.stdout.strip())}
 
 
-def tracker_id(folder: Path) -> str:
-    """The run's id for trackers: made once, kept in the run folder."""
+def tracker_id(folder: Path, known: str | None = None) -> str:
+    """The run's id for trackers: made once, kept in the run folder and in checkpoints (`known`: the one found there)."""
     file = folder / "tracker_id"
     if not file.is_file():
-        write_text_atomically(file, uuid.uuid4().hex[:12] + "\n")
+        write_text_atomically(file, (known or uuid.uuid4().hex[:12]) + "\n")
     return file.read_text().strip()

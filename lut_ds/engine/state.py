@@ -15,34 +15,57 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from lut_ds.engine.checkpoint import read_manifest
+from lut_ds.engine.manifest import rank_file, read_manifest
 from lut_ds.engine.shards import Fragment
 from lut_ds.engine.step import Trainer
 from lut_ds.errors import RunFault
 
 
-def collect(trainer: Trainer, rank: int) -> tuple[dict[str, Tensor], dict[str, str], dict[str, Tensor]]:
-    """This rank's tensors, their layout, and the tensors equal on all ranks; arguments of `CheckpointStore.save`."""
-    shards, ema = trainer.shards, trainer.ema
+class HostCopies:
+    """Host memory that saves copy into: kept, and pinned beside a GPU, as to allocate it anew takes longer than the copy.
+
+    A copy is valid until the next one of the same name.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._pinned = device.type == "cuda"
+        self._kept: dict[str, Tensor] = {}
+
+    def take(self, name: str, tensor: Tensor) -> Tensor:
+        """Begin to copy a tensor; the copy is there after `wait`."""
+        kept = self._kept.get(name)
+        if kept is None or kept.shape != tensor.shape or kept.dtype != tensor.dtype:
+            kept = self._kept[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self._pinned)
+        return kept.copy_(tensor.detach(), non_blocking=True)
+
+    def wait(self) -> None:
+        """Wait for the copies."""
+        if self._pinned:
+            torch.cuda.current_stream().synchronize()
+
+
+def collect(
+    trainer: Trainer, rank: int, copies: HostCopies
+) -> tuple[dict[str, Tensor], dict[str, str], dict[str, Tensor]]:
+    """Copies of this rank's tensors, their layout, and of the tensors equal on all ranks, for `CheckpointStore.start`."""
+    shards, ema, take = trainer.shards, trainer.ema, copies.take
     own: dict[str, Tensor] = {"rng.cpu": torch.get_rng_state()}
     if trainer.device.type == "cuda":
         own["rng.cuda"] = torch.cuda.get_rng_state(trainer.device)
     owner = shards.sharded or rank == 0
     for index in range(len(shards.flats) if owner else 0):
-        own |= {f"{kind}.{index}": _stored(tensor) for kind, tensor in _kinds(trainer, index).items()}
-        own[f"step.{index}"] = _stored(shards.moments(index)["step"].reshape(1))
+        own |= {f"{kind}.{index}": take(f"{kind}.{index}", tensor) for kind, tensor in _kinds(trainer, index).items()}
+        own[f"step.{index}"] = take(f"step.{index}", shards.moments(index)["step"].reshape(1))
     layout = {
         "fragments": [f.as_dict() for f in shards.fragments] if owner else [],
         "shapes": {name: list(shape) for name, shape in shards.shapes.items()},
         "stage": shards.stage,
     }
-    shared = {
-        f"student.{name}": _stored(buffer)
-        for name, buffer in trainer.student.named_buffers()
-        if "pos_embed" not in name
-    }
+    buffers = {f"student.{n}": b for n, b in trainer.student.named_buffers() if "pos_embed" not in n}
     if ema is not None:
-        shared |= {f"ema.{name}": _stored(buffer) for name, buffer in ema.buffers.items()}
+        buffers |= {f"ema.{name}": buffer for name, buffer in ema.buffers.items()}
+    shared = {name: take(name, buffer) for name, buffer in buffers.items()}
+    copies.wait()
     return own, {"layout": json.dumps(layout)}, shared
 
 
@@ -77,7 +100,7 @@ def restore(trainer: Trainer, path: Path, rank: int) -> None:
                 buffer.copy_(file.get_tensor(f"ema.{name}"))
     if trainer.ema is not None:
         trainer.ema.refresh()
-    own = path / f"rank_{rank:05d}.safetensors"
+    own = path / rank_file(rank)
     if own.is_file():
         with safe_open(own, "pt") as file:
             torch.set_rng_state(file.get_tensor("rng.cpu"))
@@ -167,7 +190,3 @@ def _kinds(trainer: Trainer, flat: int) -> dict[str, Tensor]:
     moments = trainer.shards.moments(flat)
     kinds = {"master": trainer.shards.flats[flat], "exp_avg": moments["exp_avg"], "exp_avg_sq": moments["exp_avg_sq"]}
     return kinds | ({"ema": trainer.ema.flats[flat]} if trainer.ema is not None else {})
-
-
-def _stored(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True).contiguous()

@@ -137,7 +137,10 @@ def _loop(
         while step < stop_step and not stopped:
             lr, decay = schedule.lr(step), schedule.ema_decay(step)
             metrics = trainer.update(
-                watch.timed(itertools.islice(batches, trainer.accumulation)), lr, decay, Votes(stop=stop.requested)
+                watch.timed(itertools.islice(batches, trainer.accumulation)),
+                lr,
+                decay,
+                Votes(stop.requested, watch.saver.busy),
             )
             step += 1
             watch.record(step, metrics, lr, decay)
@@ -150,7 +153,7 @@ def _loop(
                     batches = _batches(loader, watch, step, stop_step)
                     continue  # a stop that was asked for ends the loop: what it would save is saved
             if last or stopped or step % save_every == 0:
-                watch.save(step, trainer)
+                watch.save(step, trainer, wait=last or stopped)
     finally:
         watch.close()
     return watch.outcome(step, (stop.signal_name or "a signal to another rank") if stopped else None)

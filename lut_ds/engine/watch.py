@@ -13,14 +13,12 @@ from torch import Tensor
 
 from lut_ds.config import Recipe
 from lut_ds.data.loader import Batch
-from lut_ds.engine import state
 from lut_ds.engine.build import flops_shape
-from lut_ds.engine.checkpoint import CheckpointStore
 from lut_ds.engine.guards.panel import Guards
 from lut_ds.engine.launch import Ranks
 from lut_ds.engine.runfolder import tracker_id
+from lut_ds.engine.saving import Saver
 from lut_ds.engine.step import NO_VOTES, Trainer, Votes
-from lut_ds.errors import UserError
 from lut_ds.method.flops import step_flops
 from lut_ds.tracking import EventLog, MetricsLog, Progress, WandbMirror
 
@@ -98,51 +96,33 @@ class Watch:
         self._recipe, self._ranks, self._folder = recipe, ranks, folder
         self._per_epoch, self._stop_step = steps_per_epoch, stop_step
         self._recorder = StepRecorder(trainer.metric_names)
-        keep = recipe.run.keep_every_epochs
-        self._store = CheckpointStore(
-            folder / "checkpoints",
-            ranks.rank,
-            ranks.world_size,
-            recipe.run.keep_last,
-            keep * steps_per_epoch if keep else None,
-            self._say,
-        )
         self._log: MetricsLog | None = None
         self._progress: Progress | None = None
         self._wandb: WandbMirror | None = None
         self._resumed_from: int | None = None
         self._last_loss: float | None = None
         self._events = EventLog(folder / "events.jsonl") if ranks.main else None
+        self.saver = Saver(recipe, ranks, folder, steps_per_epoch, self._say, self._events)
         self._event_counts: Counter[str] = Counter()
         self.guards = Guards(recipe.guard, ranks, folder, trainer, names, self._event)
         self._data_seconds = 0.0
 
     def resume(self, trainer: Trainer) -> int:
         """Load the newest valid checkpoint if there is one; returns the step to start from."""
-        path = self._store.newest_valid()
-        start, stored = 0, {}
-        if path is not None:
-            stored = state.read_state(path)
-            self._check_epoch(stored)
-            state.restore(trainer, path, self._ranks.rank)
+        found = self.saver.find()
+        start = 0
+        stored: dict[str, Any] = {}
+        if found is not None:
+            path, stored = found
+            self.saver.load(trainer, path)
             start = self._resumed_from = int(stored["step"])
+            self.saver.report_resume(path, stored)
         if self._ranks.main:
             self._open(start)
-            if path is not None:
-                self._say(f"continuing {self._folder} from {path.name}")
         self.guards.begin(start, stored.get("guard"))
         self._started = self._flushed = time.monotonic()
         self._first = self._flushed_step = start
         return start
-
-    def _check_epoch(self, stored: dict[str, Any]) -> None:
-        """Refuse to continue on another amount of data: order and schedules are functions of it."""
-        per_epoch = round(stored["step"] / stored["epoch"]) if stored["epoch"] else self._per_epoch
-        if per_epoch != self._per_epoch:
-            raise UserError(
-                f"data.path: expected the data of this run, {per_epoch} steps an epoch, found {self._per_epoch}; "
-                "name the same images, or another run.dir"
-            )
 
     def _open(self, start: int) -> None:
         recipe, ranks = self._recipe, self._ranks
@@ -191,6 +171,7 @@ class Watch:
             self._publish(records)
         self.guards.judge(records, seconds / len(records), self._data_seconds / len(records))
         self._data_seconds, self._flushed, self._flushed_step = 0.0, now, step
+        self.saver.advance(votes.busy)
         return votes.stop
 
     def rewind(self, trainer: Trainer) -> int | None:
@@ -203,14 +184,14 @@ class Watch:
         if spike is None:
             return None
         self.guards.saving()
-        path = self._store.newest_valid(before=spike["step"])
-        if path is None:
+        found = self.saver.find(before=spike["step"])
+        if found is None:
             self.guards.stay()
             return None
-        stored = state.read_state(path)
+        path, stored = found
         step = int(stored["step"])
         self.guards.rewind(step, stored.get("guard"))
-        state.restore(trainer, path, self._ranks.rank)
+        self.saver.load(trainer, path)
         if self._log is not None and self._progress is not None:
             self._log.close()
             self._log = MetricsLog(self._log.path, step)
@@ -230,19 +211,12 @@ class Watch:
             for record in records:
                 self._wandb.log(record)
 
-    def save(self, step: int, trainer: Trainer) -> None:
-        """Write a checkpoint of `step`."""
+    def save(self, step: int, trainer: Trainer, wait: bool) -> None:
+        """Save `step` beside the next steps, or with `wait` before this returns."""
         self.guards.saving()
         if self._log is not None:
             self._log.sync()  # no checkpoint is ahead of the metrics, whatever fails
-        own, metadata, shared = state.collect(trainer, self._ranks.rank)
-        content = {
-            "epoch": step / self._per_epoch,
-            "seed": self._recipe.run.seed,
-            "recipe": self._recipe.model_dump(mode="json"),
-            "guard": self.guards.state(),
-        }
-        self._store.save(step, own, metadata, shared, content)
+        self.saver.save(step, trainer, {"guard": self.guards.state()}, wait)
         self._flushed = time.monotonic() if self._flushed_step == step else self._flushed
 
     def outcome(self, step: int, stopped_by: str | None) -> Outcome:
@@ -263,7 +237,7 @@ class Watch:
     def close(self) -> None:
         """Close files and trackers; safe to call twice."""
         self.guards.close()
-        for part in (self._progress, self._wandb, self._log, self._events):
+        for part in (self.saver, self._progress, self._wandb, self._log, self._events):
             if part is not None:
                 part.close()
         self._progress = self._wandb = self._log = self._events = None

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lut_ds.config import Recipe, parse_recipe
 from lut_ds.engine.build import build_encoder, build_student
-from lut_ds.engine.checkpoint import verify
+from lut_ds.engine.manifest import verify
 from lut_ds.engine.state import read_state, read_weights
 from lut_ds.errors import UserError
 from lut_ds.method.encoder import Encoder

@@ -20,7 +20,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from lut_ds.engine.checkpoint import CheckpointStore, step_name, verify, write_text_atomically
+from lut_ds.engine.checkpoint import CheckpointStore
+from lut_ds.engine.files import write_text_atomically
+from lut_ds.engine.manifest import step_name, verify
 from lut_ds.engine.state import ShardReader
 from lut_ds.errors import RunFault, UserError
 from tests.engine.launching import ROOT, start_ranks
@@ -284,7 +286,8 @@ KILLED = """
 import os, random, signal, sys, time
 import torch, torch.distributed as dist
 from pathlib import Path
-from lut_ds.engine.checkpoint import CheckpointStore, verify
+from lut_ds.engine.checkpoint import CheckpointStore
+from lut_ds.engine.manifest import verify
 
 folder, kills, seed = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 torch.set_num_threads(1)
@@ -359,7 +362,8 @@ FULL = """
 import resource, sys
 import torch, torch.distributed as dist
 from pathlib import Path
-from lut_ds.engine.checkpoint import CheckpointStore, verify
+from lut_ds.engine.checkpoint import CheckpointStore
+from lut_ds.engine.manifest import verify
 from lut_ds.errors import RunFault
 
 folder, limit = Path(sys.argv[1]), int(sys.argv[2])
@@ -430,8 +434,8 @@ store.save(1, own, {}, {}, {})
 try:
     if rank == 1:  # a folder where this rank's file goes: its write fails, the other's does not
         import lut_ds.engine.checkpoint as module
-        save_file = module.save_file
-        module.save_file = lambda tensors, path, strings: (path.mkdir(), save_file(tensors, path, strings))
+        write_tensors = module.write_tensors
+        module.write_tensors = lambda path, *rest: (path.mkdir(), write_tensors(path, *rest))
     store.save(2, own, {}, {}, {})
 except RunFault as fault:
     print("fault", fault)

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lut_ds.engine.build import build_student
-from lut_ds.engine.checkpoint import describe_file
+from lut_ds.engine.files import describe_file
 from lut_ds.errors import UserError
 from lut_ds.transfer.load import all_checkpoints, find_checkpoint, load_encoder, load_student
 
