@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lut_ds.analysis.figures import Draw, Theme, axes_grid, new_figure, png, write_aside
-from lut_ds.method.lut import IMAGENET_MEAN, IMAGENET_STD, MAE, encode_views
+from lut_ds.method.lut import MAE, encode_views
+from lut_ds.method.pixels import IMAGENET_MEAN, IMAGENET_STD
 
 HIDDEN_GRAY = 128
 _EPS = 1e-6  # of the loss's patch normalisation

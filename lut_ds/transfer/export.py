@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ from safetensors.torch import save_file
 
 from lut_ds.config import Model
 from lut_ds.errors import RunFault, UserError
-from lut_ds.method.lut import IMAGENET_MEAN, IMAGENET_STD
+from lut_ds.method.encoder import Encoder
+from lut_ds.method.pixels import IMAGENET_MEAN, IMAGENET_STD
 from lut_ds.transfer.load import Kind, find_checkpoint, load_encoder
+from lut_ds.transfer.published import read_published
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 # timm's name: patch side, width, depth, heads. All have mlp_ratio 4 and 224 pixels.
@@ -63,8 +66,17 @@ def timm_config(model: Model) -> dict[str, Any]:
     }
 
 
-def export_timm(source: str | Path, kind: Kind, output: str | Path) -> dict[str, Any]:
-    """Write the encoder of a run or checkpoint as a timm checkpoint.
+@dataclass(frozen=True)
+class Origin:
+    """An encoder to write, its sizes, and where it comes from (for config.json)."""
+
+    encoder: Encoder
+    model: Model
+    about: dict[str, Any]
+
+
+def export_timm(source: str | Path, kind: Kind, output: str | Path, heads: int | None = None) -> dict[str, Any]:
+    """Write the encoder of a run, of a checkpoint, or of a published checkpoint file, as a timm checkpoint.
 
     `timm.create_model(architecture, checkpoint_path=DIR/model.safetensors, num_classes=0, **model_args)` loads it strictly.
     With timm's default of 1000 classes the file, which has no head, is refused by name ("head.weight" missing): ask for
@@ -72,26 +84,53 @@ def export_timm(source: str | Path, kind: Kind, output: str | Path) -> dict[str,
     ImageNet's mean and std (in config.json), which is not what timm's own ViTs of these names expect.
 
     Args:
-        source: run folder or checkpoint folder.
+        source: run folder, checkpoint folder, or a .pth file that the published LUT or MAE code saved.
         kind: `student` or `ema`.
         output: folder to write; new, empty, or an earlier export, which is replaced whole.
+        heads: attention heads, for a file whose size is not published.
 
     Returns:
-        `weights`, `config` (paths), `kind`, `step`, `architecture`, `model_args`, `load` (a line of Python).
+        `weights`, `config` (paths), `kind`, `step` (None for a file), `architecture`, `model_args`, `load` (a line of Python),
+        and for a file `left_out`, tensors by part (decoder, projector, predictor).
 
     Raises:
         UserError: no valid checkpoint, no teacher in it, or a folder that holds something else.
         RunFault: the folder cannot be written.
     """
-    checkpoint = find_checkpoint(source)
+    origin = _published(source, kind, heads) if Path(source).is_file() else _trained(source, kind)
     folder = Path(output).absolute()
     _check_output(folder)
-    encoder = load_encoder(checkpoint, kind)
-    architecture, model_args = timm_architecture(checkpoint.recipe.model)
-    origin = {"kind": kind, "step": checkpoint.step, "recipe": checkpoint.recipe.model_dump(mode="json")}
-    config = {**timm_config(checkpoint.recipe.model), "lut_ds": origin}
-    tensors = {name: tensor.contiguous() for name, tensor in encoder.state_dict().items()}
+    architecture, model_args = timm_architecture(origin.model)
+    _write(folder, origin)
+    weights = folder / WEIGHTS
+    arguments = "".join(f", {key}={value!r}" for key, value in model_args.items())
+    return {
+        "weights": str(weights),
+        "config": str(folder / CONFIG),
+        "kind": kind,
+        "step": origin.about.get("step"),
+        "architecture": architecture,
+        "model_args": model_args,
+        "load": f"timm.create_model({architecture!r}, checkpoint_path={str(weights)!r}, num_classes=0{arguments})",
+        **({"left_out": origin.about["left_out"]} if "left_out" in origin.about else {}),
+    }
 
+
+def _trained(source: str | Path, kind: Kind) -> Origin:
+    checkpoint = find_checkpoint(source)
+    about = {"kind": kind, "step": checkpoint.step, "recipe": checkpoint.recipe.model_dump(mode="json")}
+    return Origin(load_encoder(checkpoint, kind), checkpoint.recipe.model, about)
+
+
+def _published(source: str | Path, kind: Kind, heads: int | None) -> Origin:
+    found = read_published(source, kind, heads)
+    about = {"kind": kind, "published": found.path.name, "epoch": found.epoch, "left_out": found.left_out}
+    return Origin(found.encoder(), found.model, about)
+
+
+def _write(folder: Path, origin: Origin) -> None:
+    config = {**timm_config(origin.model), "lut_ds": origin.about}
+    tensors = {name: tensor.contiguous() for name, tensor in origin.encoder.state_dict().items()}
     aside = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     try:
         aside.mkdir(parents=True)
@@ -102,17 +141,6 @@ def export_timm(source: str | Path, kind: Kind, output: str | Path) -> dict[str,
         raise RunFault(f"export: {folder} not written: {error}; nothing there was changed") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    weights = folder / WEIGHTS
-    arguments = "".join(f", {key}={value!r}" for key, value in model_args.items())
-    return {
-        "weights": str(weights),
-        "config": str(folder / CONFIG),
-        "kind": kind,
-        "step": checkpoint.step,
-        "architecture": architecture,
-        "model_args": model_args,
-        "load": f"timm.create_model({architecture!r}, checkpoint_path={str(weights)!r}, num_classes=0{arguments})",
-    }
 
 
 def _check_output(folder: Path) -> None:

@@ -1,0 +1,191 @@
+"""Checkpoints of the published code: the golden states saved as that code saves them, in our names and in timm's."""
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import Tensor
+
+from lut_ds.errors import UserError
+from lut_ds.method.lut import encode_views, pool
+from lut_ds.transfer.export import export_timm
+from lut_ds.transfer.published import HEADS, read_published
+from tests.golden_data import Golden, golden_files, load_golden
+from tests.method.builders import load_teacher, lut_from, mae_from, teacher_from
+from tests.transfer.runs import lut_ds
+
+FORWARD = {"atol": 2e-5, "rtol": 0}
+LUTS, MAES = golden_files("lut_[a-z].safetensors"), golden_files("mae_[a-z].safetensors")
+
+
+def saved(path: Path, **content: Any) -> Path:
+    """A file as the published training code writes it."""
+    namespace = argparse.Namespace(lr=1e-3, model="mae_vit", betas=(0.9, 0.95), resume=None)
+    torch.save({"optimizer": {"state": {}, "param_groups": []}, "epoch": 7, "args": namespace, **content}, path)
+    return path
+
+
+def lut_file(folder: Path, golden: Golden) -> Path:
+    """LUT's: the student, and the teacher with a prefix."""
+    teacher = {f"ema.{name}": value for name, value in golden.group("teacher").items()}
+    return saved(folder / "checkpoint-7.pth", model=golden.group("student"), model_ema=teacher, scaler={"scale": 1.0})
+
+
+@torch.no_grad()
+def timm_features(result: dict[str, Any], images: Tensor) -> Tensor:
+    """What timm makes of the exported file by the line it was given."""
+    return eval(result["load"], {"timm": timm}).eval().forward_features(images)
+
+
+@pytest.mark.parametrize("path", LUTS, ids=lambda path: path.stem)
+def test_golden_published_lut_student_in_our_names(path: Path, tmp_path: Path) -> None:
+    golden = load_golden(path)
+    found = read_published(lut_file(tmp_path, golden), "student", golden.config["num_heads"])
+    student = lut_from(golden.config)
+    student.load_state_dict(dict(found.weights), strict=True)
+    masking = student.mask(golden["in.noise"])
+    views = [golden["in.view1"], golden["in.view2"]]
+    with torch.no_grad():
+        latent = encode_views(student.encoder, views, masking.ids_keep)
+        by_import = encode_views(found.encoder(), views, masking.ids_keep)
+    torch.testing.assert_close(latent, torch.cat([golden["out.latent1"], golden["out.latent2"]]), **FORWARD)
+    assert torch.equal(by_import, latent)
+    assert (found.epoch, set(found.others)) == (7, {"optimizer", "epoch", "args", "model_ema", "scaler"})
+
+
+@pytest.mark.parametrize("path", LUTS, ids=lambda path: path.stem)
+def test_golden_published_lut_teacher_in_timms_names(path: Path, tmp_path: Path) -> None:
+    golden = load_golden(path)
+    config = golden.config
+    result = export_timm(lut_file(tmp_path, golden), "ema", tmp_path / "out", config["num_heads"])
+    for view in ("1", "2"):
+        features = timm_features(result, golden[f"in.view{view}"])
+        torch.testing.assert_close(features, golden[f"out.teacher_latent{view}"], **FORWARD)
+    model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
+    teacher = teacher_from(config)
+    load_teacher(teacher, golden.group("teacher"))
+    with torch.no_grad():
+        pooled = pool(encode_views(teacher.encoder, [golden["in.view1"]], None))
+        torch.testing.assert_close(model(golden["in.view1"]), pooled, **FORWARD)
+    parts = {"decoder", "projector", "predictor"} if config["depth_head"] else {"decoder", "predictor"}
+    parts -= set() if config["depth_pred"] else {"predictor"}
+    assert set(result["left_out"]) == parts
+    assert sum(result["left_out"].values()) + len(model.state_dict()) == len(golden.group("teacher"))
+    about = json.loads((tmp_path / "out" / "config.json").read_text())["lut_ds"]
+    assert (about["kind"], about["published"], about["epoch"]) == ("ema", "checkpoint-7.pth", 7)
+
+
+@pytest.mark.parametrize("path", MAES, ids=lambda path: path.stem)
+def test_golden_published_mae(path: Path, tmp_path: Path) -> None:
+    golden = load_golden(path)
+    file = saved(tmp_path / "mae.pth", model=golden.group("model"))
+    found = read_published(file, "student", golden.config["num_heads"])
+    model = mae_from(golden.config)
+    model.load_state_dict(dict(found.weights), strict=True)
+    masking = model.mask(golden["in.noise"])
+    with torch.no_grad():
+        latent = encode_views(found.encoder(), [golden["in.view"]], masking.ids_keep)
+        torch.testing.assert_close(latent, golden["out.latent"], **FORWARD)
+        torch.testing.assert_close(model.decoder(latent, masking.ids_restore), golden["out.pred"], **FORWARD)
+    result = export_timm(file, "student", tmp_path / "out", golden.config["num_heads"])
+    assert set(result["left_out"]) == {"decoder"}
+    with torch.no_grad():
+        expected = model.encoder.eval().forward_features(golden["in.view"])
+    torch.testing.assert_close(timm_features(result, golden["in.view"]), expected, **FORWARD)
+    with pytest.raises(UserError, match=r"'model_ema'.*--student"):
+        read_published(file, "ema")
+
+
+def encoder_state(width: int, patch: int = 16, grid: int = 2, depth: int = 1) -> dict[str, Tensor]:
+    """An encoder alone, as in the files that MAE's authors share, of a published width."""
+    heads = HEADS.get(width, 1)
+    model = timm.create_model(
+        "vit_base_patch16_224", img_size=grid * patch, patch_size=patch, embed_dim=width, depth=depth, num_heads=heads
+    )
+    return {k: v.half() for k, v in model.state_dict().items() if not k.startswith("head.")}
+
+
+@pytest.mark.parametrize("width,patch", [(384, 16), (768, 16), (1280, 14)])
+def test_an_encoder_alone_in_half_precision(width: int, patch: int, tmp_path: Path) -> None:
+    file = saved(tmp_path / "encoder.pth", model=encoder_state(width, patch))
+    found = read_published(file, "student")
+    m = found.model
+    assert (m.width, m.heads, m.depth, m.patch_size, m.image_size) == (width, HEADS[width], 1, patch, 2 * patch)
+    assert found.left_out == {}
+    assert all(value.dtype == torch.float32 for value in found.encoder().state_dict().values())
+
+
+class Pwned:
+    """Runs a command when it is unpickled."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.marker),)
+
+
+def changed(width: int = 384, **changes: Tensor | None) -> dict[str, Tensor]:
+    """An encoder's state with entries replaced, added, or (None) removed."""
+    state: dict[str, Any] = {**encoder_state(width), **changes}
+    return {name: value for name, value in state.items() if value is not None}
+
+
+def test_what_a_file_holds_is_never_run(tmp_path: Path) -> None:
+    marker = tmp_path / "pwned"
+    file = saved(tmp_path / "bad.pth", model=encoder_state(384), more=Pwned(marker))
+    with pytest.raises(UserError, match="cannot be read safely"):
+        read_published(file, "student")
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    "content, named",
+    [
+        ({}, "'model' in it, found optimizer"),
+        ({"model": 3}, "'model' in it"),
+        ({"model": {"cls_token": 3}}, "something else at cls_token"),
+        ({"model": {}}, "none of its cls_token"),
+        ({"model": changed(pos_embed=None)}, "none of its pos_embed"),
+        ({"model": changed(**{"norm.weight": None})}, "one without norm.weight"),
+        ({"model": changed(**{"fc_norm.weight": torch.ones(384)})}, "one with fc_norm.weight"),
+        ({"model": changed(**{"head.weight": torch.ones(10, 384)})}, "with a classifier"),
+        ({"model": changed(cls_token=torch.full((1, 1, 384), torch.nan))}, "infinity in encoder.cls_token"),
+        ({"model": changed(pos_embed=torch.ones(5, 384))}, "of .3, 2, 4, 2. dimensions"),
+        ({"model": changed(**{"norm.weight": torch.ones(3)})}, "other shapes"),
+        ({"model": changed(width=64)}, "--heads N"),
+    ],
+)
+def test_what_is_no_pretraining_checkpoint_is_named(content: dict[str, Any], named: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=named) as caught:
+        read_published(saved(tmp_path / "file.pth", **content), "student").encoder()
+    assert "file.pth" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("data", [b"", b"not a checkpoint", b"PK\x03\x04broken"])
+def test_a_damaged_file_is_one_line(data: bytes, tmp_path: Path) -> None:
+    file = tmp_path / "damaged.pth"
+    file.write_bytes(data)
+    with pytest.raises(UserError, match=r"damaged\.pth") as caught:
+        read_published(file, "student")
+    assert "\n" not in str(caught.value)
+
+
+def test_the_command_takes_a_file(tmp_path: Path) -> None:
+    golden = load_golden(LUTS[0])
+    file = lut_file(tmp_path, golden)
+    heads = str(golden.config["num_heads"])
+    done = lut_ds("export", str(file), "--ema", "--heads", heads, "-o", "out", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "left out: decoder (" in done.stdout
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+    done = lut_ds("export", str(file), "-o", "other", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "--heads" in done.stderr
+    assert not (tmp_path / "other").exists()
