@@ -149,6 +149,10 @@ class Data(Section):
     """Micro-batches prepared ahead; null: as tuned, else 2."""
     hw_decoder_load: Fraction | None = None
     """Share of the JPEGs that a GPU's hardware decoder takes, where it has one; null: as tuned, else 0.65."""
+    max_bad_share: Fraction = 0.01
+    """Stop when more of the samples seen than this, or of 1,000 if that is more, cannot be read or decoded."""
+    retry_seconds: Annotated[float, Field(ge=0, le=1200)] = 300.0
+    """How long to wait for a data set of which nothing can be read; the other ranks wait too, 1200 s at most."""
 
     @field_validator("crop_scale")
     @classmethod

@@ -4,7 +4,7 @@ One definition runs on the CPU (device_id None) and on a GPU ("mixed" decoder). 
 turns ViewParams into the arrays that the graph reads. Samples that an operator does not touch skip it (conditionals).
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -154,10 +154,26 @@ def _photometric(x: Node, inputs: dict[str, Node], threshold: int, gpu: bool) ->
 
 def decode_one(data: bytes) -> NDArray[np.uint8]:
     """Decode one image on the CPU exactly as the pipeline does: uint8 [H, W, 3]; RuntimeError when it cannot be."""
-    pipe = _decoding(np.frombuffer(data, np.uint8), batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1)
-    return np.array(pipe.run()[0].at(0))
+    (found,) = decode_each([data])
+    if isinstance(found, RuntimeError):
+        raise found
+    return found
 
 
-@pipeline_def
-def _decoding(data: NDArray[np.uint8]) -> Node:
-    return decode(fn.external_source(source=lambda: [data]), False)
+def decode_each(encoded: Iterable[bytes], device_id: int | None = None) -> Iterator[NDArray[np.uint8] | RuntimeError]:
+    """Decode images one by one, as the pipeline does on that device: uint8 [H, W, 3], or the error of one that cannot be."""
+    arrays = ([np.frombuffer(data, np.uint8)] for data in encoded)
+    pipe = _decoding(arrays, device_id is not None, num_threads=1, device_id=device_id)
+    while True:
+        try:
+            (image,) = pipe.run()
+            yield np.array(image.as_cpu().at(0))
+        except RuntimeError as error:  # the dynamic executor loses this batch of one, and goes on
+            yield error
+        except StopIteration:
+            return
+
+
+@pipeline_def(batch_size=1, prefetch_queue_depth=1)
+def _decoding(source: Iterator[list[NDArray[np.uint8]]], gpu: bool) -> Node:
+    return decode(fn.external_source(source=source), gpu)

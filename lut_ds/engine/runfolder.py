@@ -28,6 +28,8 @@ FREE = {
     "data.threads",
     "data.prefetch",
     "data.hw_decoder_load",
+    "data.max_bad_share",
+    "data.retry_seconds",
     "train.max_steps",
     "train.micro_batch",
     "train.deepspeed",

@@ -17,6 +17,7 @@ from lut_ds.data.loader import Batch, PretrainLoader
 from lut_ds.data.order import BlockOrder, Order, SampleOrder
 from lut_ds.data.tuning import Loading, choose_loading
 from lut_ds.data.views import Photometric, ViewSpec
+from lut_ds.engine.badsamples import BadSampleWatch
 from lut_ds.engine.launch import Ranks, discover_ranks, process_group, rank_cores
 from lut_ds.engine.runfolder import open_run_folder, run_folder
 from lut_ds.engine.schedules import ema_decay_at, lr_at, peak_lr
@@ -93,7 +94,7 @@ def pretrain(recipe: Recipe, recipe_name: str) -> Outcome:
 
     Raises:
         UserError: recipe, data or run folder cannot work.
-        RunFault: disk full, unreadable data, or too many bad steps; the last good checkpoint is intact.
+        RunFault: disk full, too much unreadable data, or too many bad steps; the last good checkpoint is intact.
     """
     ranks = discover_ranks()
     _set_up_process(recipe, ranks)
@@ -118,6 +119,7 @@ def pretrain(recipe: Recipe, recipe_name: str) -> Outcome:
             device=ranks.device,
             **vars(loading(recipe, ranks.device)),
             order=sample_order(recipe, len(source)),
+            retry_seconds=recipe.data.retry_seconds,
         )
         with loader:
             trainer = Trainer(recipe, ranks, micro_batch, accumulation)
@@ -132,6 +134,7 @@ def _loop(
     save_every = recipe.run.save_every or loader.steps_per_epoch
     watch = Watch(recipe, ranks, folder, trainer, loader.steps_per_epoch, stop_step, loader.names)
     step, stopped = watch.resume(trainer), False
+    bad_samples = BadSampleWatch(loader, folder, ranks, recipe.data.max_bad_share, watch.say)
     batches = _batches(loader, watch, step, stop_step)
     try:
         while step < stop_step and not stopped:
@@ -146,7 +149,8 @@ def _loop(
             watch.record(step, metrics, lr, decay)
             last = step == stop_step
             if last or step % recipe.run.log_every == 0 or step % save_every == 0:
-                stopped = watch.flush() and not last
+                stopped = watch.flush(bad_samples.gather()) and not last
+                bad_samples.check()
                 if (back := watch.rewind(trainer)) is not None:
                     step = back
                     batches.close()

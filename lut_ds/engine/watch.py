@@ -102,7 +102,7 @@ class Watch:
         self._resumed_from: int | None = None
         self._last_loss: float | None = None
         self._events = EventLog(folder / "events.jsonl") if ranks.main else None
-        self.saver = Saver(recipe, ranks, folder, steps_per_epoch, self._say, self._events)
+        self.saver = Saver(recipe, ranks, folder, steps_per_epoch, self.say, self._events)
         self._event_counts: Counter[str] = Counter()
         self.guards = Guards(recipe.guard, ranks, folder, trainer, names, self._event)
         self._data_seconds = 0.0
@@ -154,8 +154,11 @@ class Watch:
         self._recorder.add({"step": step, "epoch": step / self._per_epoch, "lr": lr, "ema_decay": ema_decay}, metrics)
         self.guards.stepped(step)
 
-    def flush(self) -> bool:
+    def flush(self, bad_samples: int) -> bool:
         """Write the remembered steps; True when any rank was asked to stop.
+
+        Args:
+            bad_samples: how many all ranks replaced since the last flush.
 
         Raises:
             RunFault: too many steps in a row were not applied, or the ranks' models differ.
@@ -165,6 +168,7 @@ class Watch:
         step, seconds = records[-1]["step"], now - self._flushed
         records[-1]["images_per_s"] = (step - self._flushed_step) * self._recipe.train.global_batch / seconds
         records[-1]["data_wait"] = self._data_seconds / seconds
+        records[-1]["bad_samples"] = bad_samples
         self._last_loss = records[-1]["loss"]
         self.guards.count(records)
         if self._ranks.main:
@@ -245,13 +249,14 @@ class Watch:
     def _event(self, kind: str, text: str, /, **fields: Any) -> None:
         """Show and keep something that happened to the run."""
         self._event_counts[kind] += 1
-        self._say(text)
+        self.say(text)
         if self._events is not None:
             self._events.write(kind, text=text, **fields)
         if self._wandb is not None:
             self._wandb.log({"step": fields["step"], f"events/{kind}": self._event_counts[kind]})
 
-    def _say(self, text: str) -> None:
+    def say(self, text: str) -> None:
+        """Print a line, on rank 0, without breaking the progress bar."""
         if self._ranks.main and self._progress is not None:
             self._progress.say(text)
         elif self._ranks.main:

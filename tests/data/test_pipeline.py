@@ -9,7 +9,7 @@ from PIL import Image
 
 from lut_ds.data.operators import _blend, jitter
 from lut_ds.data.pipeline import build_pipeline, decode_one, pipeline_inputs
-from lut_ds.data.stream import image_hw
+from lut_ds.data.validity import image_hw
 from lut_ds.data.views import (
     CONTRAST,
     EVAL_VIEW,
