@@ -74,7 +74,7 @@ class TarWalk:
             if kind in _EXTENDS:
                 self._extend(kind, self._small(data, size), extended, at)
             else:
-                size = int(extended.get(b"size", size))
+                size = self._pax_size(extended, size, at)
                 if kind == b"S" or any(key.startswith(b"GNU.sparse") for key in extended):
                     raise self._fault(
                         at, "files that are stored whole", "a sparse file; pack it again without --sparse"
@@ -132,6 +132,12 @@ class TarWalk:
                 raise self._fault(at, "a pax header", "a damaged one")
             yield match[2], data[match.end() : start + length - 1]
             start += length
+
+    def _pax_size(self, extended: dict[bytes, bytes], size: int, at: int) -> int:
+        text = extended.get(b"size")
+        if text is not None and not text.isdigit():
+            raise self._fault(at, "a pax header", "a damaged one")
+        return size if text is None else int(text)
 
     def _pread(self, size: int, offset: int) -> bytes:
         try:

@@ -14,7 +14,7 @@ from lut_ds.errors import UserError
 
 IMAGES = (b"jpg", b"jpeg", b"png", b"webp", b"bmp", b"tif", b"tiff")
 LABELS = (b"cls", b"json")
-_KEY = re.compile(rb"((?:.*/|)[^./][^.]*)[.]([^/]*)", re.DOTALL)
+_KEY = re.compile(rb"((?:.*/|)[^./]+)[.]([^/]*)", re.DOTALL)
 _META = re.compile(rb"__[^/]*__(?:$|/)")
 _LABEL_KEYS = ("label", "cls", "class")
 _LONGEST_LABEL = 1 << 20
