@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -58,7 +58,7 @@ class ReplicaCheck:
 
     def __init__(self, trainer: "Trainer") -> None:
         self._trainer, self._world = trainer, dist.get_world_size()
-        self._started: tuple[int, list[str], Tensor, Tensor] | None = None
+        self._started: list[tuple[int, list[str], Tensor, Tensor]] = []
 
     def start(self, step: int) -> None:
         """Queue the comparison of the state after `step`; a collective that the host does not wait for."""
@@ -66,28 +66,28 @@ class ReplicaCheck:
         sums = torch.stack([checksum(tensor).to(self._trainer.device) for tensor in tensors.values()])
         teacher = [index for index, name in enumerate(tensors) if name.startswith("teacher.")]
         both = torch.stack([combined(sums), combined(sums[teacher[0] : teacher[-1] + 1] if teacher else sums[:0])])
-        self._started = step, list(tensors), sums, self._exchange(both)
+        self._started.append((step, list(tensors), sums, self._exchange(both)))
 
     def finish(self) -> int | None:
-        """Read the comparison that was started, if there is one.
+        """Read the comparisons that were started.
 
         Returns:
-            Checksum of the teacher's weights after that step, or None.
+            Checksum of the teacher's weights in the last of them, or None if there is none.
 
         Raises:
             RunFault: on all ranks; names those that differ from the majority, and the first tensor that differs.
         """
-        if self._started is None:
-            return None
-        step, names, sums, exchanged = self._started
-        self._started = None
-        found, teacher = zip(*exchanged.tolist(), strict=True)
-        if len(set(found)) == 1:
-            return int(teacher[0])
-        by_rank = self._exchange(sums).tolist()
-        first = next(
-            name for name, values in zip(names, zip(*by_rank, strict=True), strict=True) if len(set(values)) > 1
-        )
+        started, self._started = self._started, []
+        teachers: list[int] = []
+        for step, names, sums, exchanged in started:
+            found, teachers = map(list, zip(*exchanged.tolist(), strict=True))
+            if len(set(found)) > 1:
+                self._report(step, names, sums, found)
+        return teachers[0] if teachers else None
+
+    def _report(self, step: int, names: list[str], sums: Tensor, found: list[int]) -> NoReturn:
+        by_tensor = zip(names, zip(*self._exchange(sums).tolist(), strict=True), strict=True)
+        first = next(name for name, values in by_tensor if len(set(values)) > 1)
         raise RunFault(
             f"step {step}: {odd_ranks(found)}; the first tensor that differs is {first}. "
             "Nothing was saved since; run again to continue from the last checkpoint, on other nodes if it comes back"

@@ -10,7 +10,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
-LEAST_SHARE = 0.02  # of a step: shorter own times are rounding, not slowness
+LEAST_SHARE = 0.1  # of a step: who computes longer by less hardly delays the others
 
 
 class Vitals(NamedTuple):

@@ -1,0 +1,139 @@
+"""Two or three real ranks, one of which is not well: what is said, and how the run ends."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from lut_ds.tracking import read_events, read_metrics
+from tests.engine.launching import run_ranks, start_ranks
+from tests.engine.tiny import tiny_tree
+
+HANG = 6.0
+
+
+def write_recipe(folder: Path, digits: Path, run: dict[str, Any], guard: dict[str, Any], **train: Any) -> Path:
+    tree = tiny_tree(**train)
+    tree["data"] = {"path": str(digits), "threads": 1}
+    tree["run"] = {"dir": str(folder / "run"), "seed": 3, **run}
+    tree["guard"] = guard
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def sick(ailment: str, recipe: Path) -> list[str]:
+    return [sys.executable, "-m", "tests.engine.guards.sick_worker", ailment, str(recipe)]
+
+
+def ended(processes: list[subprocess.Popen[str]], timeout: float) -> list[str]:
+    """Standard error of processes that must end by themselves."""
+    try:
+        return [process.communicate(timeout=timeout)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def wait_for_records(run: Path, count: int, processes: list[subprocess.Popen[str]]) -> None:
+    deadline = time.monotonic() + 120
+    while len(read_metrics(run / "metrics.jsonl")) < count:
+        assert time.monotonic() < deadline, "no progress"
+        assert all(process.poll() is None for process in processes), processes[0].communicate()[1][-2000:]
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_a_stopped_rank_is_named_and_the_run_ends_but_a_suspended_run_goes_on(digits: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    recipe = write_recipe(tmp_path, digits, {"log_every": 2}, {"hang_seconds": HANG}, epochs=100)
+    processes = start_ranks([sys.executable, "-m", "lut_ds", "pretrain", str(recipe)], 2)
+    try:
+        wait_for_records(run, 4, processes)
+        for process in processes:
+            process.send_signal(signal.SIGSTOP)
+        time.sleep(1.5 * HANG)
+        before = len(read_metrics(run / "metrics.jsonl"))
+        for process in processes:
+            process.send_signal(signal.SIGCONT)
+        wait_for_records(run, before + 10, processes)
+        processes[1].send_signal(signal.SIGSTOP)
+        _, said = processes[0].communicate(timeout=6 * HANG + 30)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert processes[0].returncode == 1
+    assert re.search(r"lut-ds: hang: no step for \d+ s: rank 1 on \S+: no sign of life, last seen", said), said
+    (event,) = [e for e in read_events(run / "events.jsonl") if e["event"] == "hang"]
+    assert event["missing"] == [1]
+    assert event["seconds"] >= HANG
+    stack = (run / "stacks" / "rank_00000.txt").read_text()
+    assert "engine/step.py" in stack
+    assert "in update" in stack
+
+
+@pytest.mark.slow
+def test_a_rank_that_waits_for_data_for_ever_is_named_with_its_stack(digits: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, digits, {"log_every": 2}, {"hang_seconds": HANG}, epochs=100)
+    processes = start_ranks(sick("stalled", recipe), 2)
+    said = ended(processes, 9 * HANG + 60)
+    assert [process.returncode for process in processes] == [1, 1], said
+    events = read_events(tmp_path / "run" / "events.jsonl")
+    (event,) = [e for e in events if e["event"] == "hang"]
+    assert event["missing"] == [1]
+    assert "waiting for data of step" in event["text"]
+    assert event["text"] in said[0]
+    stacks = [(tmp_path / "run" / "stacks" / f"rank_0000{rank}.txt").read_text() for rank in range(2)]
+    assert "stalled_read" in stacks[1]
+    assert "stalled_read" not in stacks[0]
+    assert "in update" in stacks[0]
+
+
+@pytest.mark.slow
+def test_a_rank_with_another_model_ends_the_run_before_a_save(digits: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(
+        tmp_path, digits, {"log_every": 4, "save_every": 4}, {"hash_every": 2}, max_steps=12, global_batch=15
+    )
+    processes = start_ranks(sick("flipped", recipe), 3)
+    said = ended(processes, 120)
+    assert [process.returncode for process in processes] == [1, 1, 1], said
+    expected = "step 6: rank 2 holds another model than the other 2 ranks; the first tensor that differs is student."
+    assert all(expected in text for text in said)
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").glob("step_*")] == ["step_00000004"]
+
+
+@pytest.mark.slow
+def test_a_slow_leaking_rank_and_a_teacher_that_stands_still_are_said(digits: Path, tmp_path: Path) -> None:
+    guard = {"hash_every": 20, "straggler_factor": 1.2}
+    recipe = write_recipe(tmp_path, digits, {"log_every": 2, "save_every": 500}, guard, max_steps=120)
+    (out, err), _ = run_ranks(sick("sick", recipe), 2)
+    counts = json.loads(out)["events"]
+    assert {"straggler", "memory", "teacher"} <= set(counts)
+    events = {event["event"]: event for event in read_events(tmp_path / "run" / "events.jsonl")}
+    assert events["straggler"]["rank"] == events["memory"]["rank"] == 1
+    assert events["straggler"]["cause"] == "waiting for data"
+    assert events["straggler"]["host"] == os.uname().nodename
+    assert events["memory"]["now"] > 1.2 * events["memory"]["before"]
+    assert events["teacher"]["steps"] >= 100
+    for event in events.values():
+        assert event["text"] in err
+
+
+@pytest.mark.slow
+def test_nothing_is_said_of_a_healthy_run(digits: Path, tmp_path: Path) -> None:
+    # Ranks that share busy cores do differ in speed: the factor keeps that from being said.
+    guard = {"hash_every": 10, "hang_seconds": 30.0, "spike_window": 16, "straggler_factor": 20.0}
+    recipe = write_recipe(tmp_path, digits, {"log_every": 2, "save_every": 500}, guard, max_steps=150)
+    (out, _), _ = run_ranks([sys.executable, "-m", "lut_ds", "pretrain", str(recipe), "--json"], 2)
+    assert json.loads(out)["events"] == {}
+    assert not (tmp_path / "run" / "heartbeats").exists()
+    assert not (tmp_path / "run" / "stacks").exists()
