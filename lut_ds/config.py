@@ -258,7 +258,7 @@ class Guard(Section):
     max_rewinds: Annotated[int, Field(ge=0)] = 3
     """Rewinds until the run stops."""
     hash_every: Positive | None = 500
-    """Steps between comparisons of the ranks' weights and buffers; null: never."""
+    """Steps between comparisons of the ranks' weights and buffers, which every save makes too; null: never."""
     hang_seconds: Annotated[float, Field(gt=0)] | None = 600.0
     """Time without a step until the run counts as hanging (3 times that for the first step and in a save); null: never."""
     straggler_factor: Annotated[float, Field(gt=1)] | None = 1.5

@@ -218,6 +218,7 @@ class Watch:
     def save(self, step: int, trainer: Trainer, wait: bool) -> None:
         """Save `step` beside the next steps, or with `wait` before this returns."""
         self.guards.saving()
+        self.guards.compare(step)
         if self._log is not None:
             self._log.sync()  # no checkpoint is ahead of the metrics, whatever fails
         self.saver.save(step, trainer, {"guard": self.guards.state()}, wait)

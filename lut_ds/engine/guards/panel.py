@@ -106,6 +106,16 @@ class Guards:
         """The loop writes or reads a checkpoint now."""
         self._at(SAVING)
 
+    def compare(self, step: int) -> None:
+        """Compare the ranks before `step` is saved: what they disagree about must not take a good checkpoint's place.
+
+        Raises:
+            RunFault: they hold different models.
+        """
+        if self._config.hash_every:
+            self._replicas.start(step)
+            self._replicas.finish()
+
     def count(self, records: Sequence[Record]) -> None:
         """Add to the records of a flush what the guards know about each step."""
         self._bad_steps.count(records)

@@ -50,6 +50,11 @@ def command(recipe: Path) -> list[str]:
     return [sys.executable, "-m", "lut_ds", "pretrain", str(recipe), "--json"]
 
 
+def events(run: Path) -> list[dict[str, Any]]:
+    """The guards' events of a run."""
+    return [e for e in read_events(run / "events.jsonl") if e["event"] in ("spike", "rewind", "bad_steps")]
+
+
 def curve(run: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in r.items() if k not in VOLATILE} for r in read_metrics(run / "metrics.jsonl")]
 
@@ -76,7 +81,7 @@ def test_a_spike_is_rewound_and_its_data_passed_over(rewound: tuple[Path, dict[s
     assert [r["step"] for r in records] == list(range(1, STEPS + 1))
     assert all(r["loss"] < USUAL and r["applied"] for r in records)
     assert result["events"] == {"rewind": 1}
-    (event,) = read_events(run / "events.jsonl")
+    (event,) = events(run)
     assert (event["event"], event["step"], event["back_to"]) == ("rewind", SPIKE, 10)
     assert event["loss"] > event["limit"]
     assert len(event["images"]) == BATCH // 2  # rank 0's
@@ -127,7 +132,7 @@ def test_off_keeps_no_limit_and_says_nothing(modes: tuple[Path, dict[str, dict[s
 def test_log_says_it_and_goes_on(modes: tuple[Path, dict[str, dict[str, Any]]]) -> None:
     folder, found = modes
     assert found["log"]["events"] == {"spike": 1}
-    (event,) = read_events(folder / "log" / "events.jsonl")
+    (event,) = events(folder / "log")
     assert event["step"] == SPIKE
     assert event["text"].startswith(f"step {SPIKE}: loss spike: the loss ")
     assert all(r["applied"] for r in curve(folder / "log"))
@@ -144,7 +149,7 @@ def test_skip_does_not_apply_the_step_and_counts_it(modes: tuple[Path, dict[str,
     assert records[:SPIKE] != curve(folder / "log")[:SPIKE]  # applied there
     assert records[: SPIKE - 1] == curve(folder / "log")[: SPIKE - 1]
     assert records[SPIKE]["loss"] != curve(folder / "log")[SPIKE]["loss"]
-    (event,) = read_events(folder / "skip" / "events.jsonl")
+    (event,) = events(folder / "skip")
     assert (event["event"], event["steps"], len(event["images"])) == ("bad_steps", [SPIKE], BATCH)
     assert found["skip"]["events"] == {"bad_steps": 1}
 

@@ -99,16 +99,18 @@ def test_a_rank_that_waits_for_data_for_ever_is_named_with_its_stack(digits: Pat
 
 
 @pytest.mark.slow
-def test_a_rank_with_another_model_ends_the_run_before_a_save(digits: Path, tmp_path: Path) -> None:
-    recipe = write_recipe(
-        tmp_path, digits, {"log_every": 4, "save_every": 4}, {"hash_every": 2}, max_steps=12, global_batch=15
-    )
+@pytest.mark.parametrize("hash_every, save_every", [(2, 4), (100, 3)])  # by the regular comparison, by that of a save
+def test_a_rank_with_another_model_ends_the_run_before_a_save(
+    digits: Path, tmp_path: Path, hash_every: int, save_every: int
+) -> None:
+    run = {"log_every": 4, "save_every": save_every}
+    recipe = write_recipe(tmp_path, digits, run, {"hash_every": hash_every}, max_steps=12, global_batch=15)
     processes = start_ranks(sick("flipped", recipe), 3)
     said = ended(processes, 120)
     assert [process.returncode for process in processes] == [1, 1, 1], said
     expected = "step 6: rank 2 holds another model than the other 2 ranks; the first tensor that differs is student."
     assert all(expected in text for text in said)
-    assert [p.name for p in (tmp_path / "run" / "checkpoints").glob("step_*")] == ["step_00000004"]
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").glob("step_*")] == [f"step_0000000{save_every}"]
 
 
 @pytest.mark.slow
@@ -124,8 +126,8 @@ def test_a_slow_leaking_rank_and_a_teacher_that_stands_still_are_said(digits: Pa
     assert events["straggler"]["host"] == os.uname().nodename
     assert events["memory"]["now"] > 1.2 * events["memory"]["before"]
     assert events["teacher"]["steps"] >= 100
-    for event in events.values():
-        assert event["text"] in err
+    for kind in ("straggler", "memory", "teacher"):
+        assert events[kind]["text"] in err
 
 
 @pytest.mark.slow
