@@ -65,7 +65,7 @@ class Saver:
         Raises:
             UserError: all checkpoints are damaged, or it is of another recipe or other data.
         """
-        self._finish()
+        self.finish()
         path = self._store.newest_valid(before)
         if path is None:
             return None
@@ -103,7 +103,7 @@ class Saver:
         """
         begun = time.monotonic()
         if self._store.in_flight:
-            self._finish()
+            self.finish()
             waited = time.monotonic() - begun
             if waited > 1:
                 self._say(
@@ -115,7 +115,7 @@ class Saver:
         self._store.start(step, own, metadata, shared, {**self._content(step), **extra}, size)
         self._stall = time.monotonic() - begun
         if wait or not self._recipe.run.async_save:
-            self._finish()
+            self.finish()
 
     def advance(self, busy: bool) -> None:
         """Take the save in flight further unless some rank is `busy` with it, as the ranks' votes say.
@@ -128,7 +128,12 @@ class Saver:
             if saved is not None:
                 self._report_save(saved)
 
-    def _finish(self) -> None:
+    def finish(self) -> None:
+        """Wait until the save in flight, if any, is complete on disk.
+
+        Raises:
+            RunFault: it failed.
+        """
         saved = self._store.finish()
         if saved is not None:
             self._report_save(saved)

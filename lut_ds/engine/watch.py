@@ -19,6 +19,7 @@ from lut_ds.engine.launch import Ranks
 from lut_ds.engine.runfolder import tracker_id
 from lut_ds.engine.saving import Saver
 from lut_ds.engine.step import NO_VOTES, Trainer, Votes
+from lut_ds.errors import RunFault
 from lut_ds.method.flops import step_flops
 from lut_ds.tracking import EventLog, MetricsLog, Progress, WandbMirror
 
@@ -173,7 +174,11 @@ class Watch:
         self.guards.count(records)
         if self._ranks.main:
             self._publish(records)
-        self.guards.judge(records, seconds / len(records), self._data_seconds / len(records))
+        try:
+            self.guards.judge(records, seconds / len(records), self._data_seconds / len(records))
+        except RunFault:
+            self.saver.finish()  # all ranks are here, and what is in flight is from before the fault
+            raise
         self._data_seconds, self._flushed, self._flushed_step = 0.0, now, step
         self.saver.advance(votes.busy)
         return votes.stop
