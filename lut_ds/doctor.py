@@ -249,7 +249,11 @@ def _try_kernels() -> list[Finding]:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     shapes = {"attention": (197, 64)}  # ViT-B's teacher
-    sides = [f"{op} {choice(op, device, torch.bfloat16, *shapes.get(op, ()))}" for op in OPS]
+    try:
+        sides = [f"{op} {choice(op, device, torch.bfloat16, *shapes.get(op, ()))}" for op in OPS]
+    except ValueError as error:
+        triton_found = Finding("Triton", "ok", f"{triton.__version__}; imported, not tried")
+        return [triton_found, Finding("kernels", "problem", str(error), "unset LUT_KERNELS, or correct it")]
     found = [Finding("kernels", "ok", f"in bf16 on {device}: {', '.join(sides)}")]
     if device == "cpu":
         return [Finding("Triton", "ok", f"{triton.__version__}; imported, compiles for GPUs only"), *found]

@@ -71,6 +71,20 @@ def expect_text(report: dict[str, Any]) -> None:
     assert "Training runs here" in lines[-1]
 
 
+@pytest.mark.parametrize(
+    "value, accepted", [("typo", "one of auto, torch, triton, found 'typo'"), ("triton", "auto or torch, Triton needs")]
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="LUT_KERNELS=triton is fine on a GPU")
+def test_a_wrong_kernel_mode_is_named(value: str, accepted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lut_ds import doctor as module
+
+    monkeypatch.setenv("LUT_KERNELS", value)
+    found = {finding.name: finding for finding in module._try_part("kernels")}
+    assert (found["Triton"].status, found["kernels"].status) == ("ok", "problem")
+    assert found["kernels"].found.startswith(f"LUT_KERNELS: expected {accepted}")
+    assert found["kernels"].advice == "unset LUT_KERNELS, or correct it"
+
+
 @pytest.mark.slow
 def test_a_broken_library_is_a_finding_with_its_error(tmp_path: Path) -> None:
     """DALI that does not import, DeepSpeed that kills its process, an accelerator that is none: one report all the same."""

@@ -19,11 +19,13 @@ from lut_kernels.runtime import accumulator, launch
 
 
 def split_head(head_dim: int) -> tuple[int, int]:
-    """(D0, D1): tile widths, powers of two from 16, that cover the head dim with the fewest columns; D1 may be 0."""
+    """(D0, D1): tile widths that cover the head dim, a power of two and 16 more, or one power of two alone.
+
+    80 takes 64 + 16. A wider second tile, as 64 + 32 for 96, spills registers on sm_80 in every backward tried.
+    """
     whole = max(16, triton.next_power_of_2(head_dim))
-    first = whole // 2
-    rest = max(16, triton.next_power_of_2(max(head_dim - first, 1)))
-    return (first, rest) if first >= 16 and first + rest < whole else (whole, 0)
+    half = whole // 2
+    return (half, 16) if half > 16 and head_dim <= half + 16 else (whole, 0)
 
 
 def _precision(dtype: torch.dtype) -> str:

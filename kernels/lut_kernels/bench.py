@@ -4,7 +4,7 @@
     python -m lut_kernels.bench --smoke         parity and one batch size, no tuning, the table is left alone
     python -m lut_kernels.bench --parity-only   what a memory checker is run on
 
-Exit code: 0, 1 where parity failed, 2 without a CUDA device.
+Exit code: 0, 1 where parity or a memory check failed, 2 without a CUDA device.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from typing import Any
 import torch
 import triton
 
-from lut_kernels.bench_parity import check_work
+from lut_kernels.bench_parity import check_guards, check_work
 from lut_kernels.bench_table import fastest_library, updated, without_spills, write
 from lut_kernels.bench_time import Ceiling, ceiling, floor_us, time_sides, tune, tuned_work
-from lut_kernels.bench_work import parity_work, step_work, transfer_work
+from lut_kernels.bench_work import Work, parity_work, step_work, transfer_work
 from lut_kernels.dispatch import TABLE_PATH, architecture, choice, forget_table, table
 from lut_kernels.resources import SPACE_PATH
 from lut_kernels.runtime import INTERPRETED
@@ -83,14 +83,30 @@ def print_table(times: list[Record], device: torch.device) -> None:
         )
 
 
-def memory_check() -> str:
-    """Run the smoke parity under NVIDIA's memory checker, where it is installed."""
+def run_guards(device: str, todo: list[Work], dtype: torch.dtype) -> Record:
+    """Every kernel in guarded memory: {passed, faults}."""
+    faults = [fault for work in todo for fault in check_guards(work, device, dtype)]
+    print("\n".join([*(f"MEMORY {fault}" for fault in faults), f"guard zones: {len(todo)} runs, {len(faults)} faults"]))
+    return {"passed": not faults, "runs": len(todo), "faults": faults}
+
+
+def run_sanitizer() -> Record:
+    """The smoke parity under NVIDIA's memory checker: {passed, detail}; passed is None where it is not installed."""
     tool = shutil.which("compute-sanitizer")
     if tool is None:
-        return "compute-sanitizer not found"
+        print("compute-sanitizer: not installed, memory was checked with guard zones only")
+        return {"passed": None, "detail": "not installed"}
     command = [tool, "--error-exitcode", "1", sys.executable, "-m", "lut_kernels.bench", "--parity-only", "--smoke"]
     found = subprocess.run(command, capture_output=True, text=True, check=False)
-    return "clean" if found.returncode == 0 else f"exit {found.returncode}: {found.stdout[-500:]}"
+    detail = "clean" if found.returncode == 0 else f"exit {found.returncode}: {found.stdout[-500:]}"
+    print(f"compute-sanitizer: {detail}")
+    return {"passed": found.returncode == 0, "detail": detail}
+
+
+def check_memory(smoke: bool) -> Record:
+    """Both memory checks, by name; a smoke run leaves out the tool's, which starts this command again."""
+    guards = {"guard_zones": run_guards("cuda", parity_work(), torch.bfloat16)}
+    return guards if smoke else guards | {"compute_sanitizer": run_sanitizer()}
 
 
 def environment(device: torch.device) -> Record:
@@ -137,13 +153,15 @@ def main(arguments: list[str] | None = None) -> int:
     failed = not all(record["passed"] for record in parity)
     if options.parity_only:
         return int(failed)
+    memory = check_memory(options.smoke)
+    failed = failed or any(check["passed"] is False for check in memory.values())
     top = ceiling("cuda")
     report: Record = {
         "command": " ".join(["python -m lut_kernels.bench", *(arguments if arguments is not None else sys.argv[1:])]),
         **environment(device), "copy_tb_s": top.copy_tb_s, "matmul_tflop_s": top.matmul_tflop_s,
-        "parity": parity, "memory_check": "skipped" if options.smoke else memory_check(),
+        "parity": parity, "memory_check": memory,
     }  # fmt: skip
-    tuned = [] if options.smoke or options.no_tune else tune("cuda", tuned_work(options.images[0]))
+    tuned = [] if options.smoke or options.no_tune or failed else tune("cuda", tuned_work(options.images[0]))
     tuned = without_spills(tuned, arch, json.loads(SPACE_PATH.read_text()))
     source = f"{report['device']}, torch {report['torch']}, {report['date']}"
     if tuned:  # the times below are taken with the tiles just found

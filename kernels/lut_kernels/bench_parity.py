@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lut_kernels.bench_work import Inputs, Work
 from lut_kernels.dispatch import kernels_mode
+from lut_kernels.guard import FILLS, guarded_launches
 
 # Allowed error relative to the largest expected value, in units of the dtype's rounding step
 STEPS = {"attention": 8.0, "reconstruction_loss": 8.0}
@@ -65,3 +66,18 @@ def check_work(work: Work, device: str, dtype: torch.dtype, seed: int = 0) -> di
     detail = f"largest error {worst:.2f} steps (limit {limit:.0f})" + ("" if equal else "; two runs differ")
     name = str(dtype).removeprefix("torch.")
     return {"op": work.op, "name": work.name, "dtype": name, "passed": passed, "error": worst, "detail": detail}
+
+
+def check_guards(work: Work, device: str, dtype: torch.dtype, seed: int = 0) -> list[str]:
+    """Faults of one operator run in guarded memory: writes outside a tensor, results that depend on what lies there."""
+    inputs = work.make(device, dtype, seed)
+    plain = outputs(work, inputs, "triton", None)
+    name = f"{work.name} {str(dtype).removeprefix('torch.')}"
+    found: list[str] = []
+    for fill in FILLS:
+        with guarded_launches(fill) as faults:
+            guarded = outputs(work, inputs, "triton", None)
+        found += [f"{name}: {fault}" for fault in faults]
+        if not all(torch.equal(one, other) for one, other in zip(guarded, plain, strict=True)):
+            found.append(f"{name}: the result depends on memory around a tensor")
+    return sorted(set(found))

@@ -1,4 +1,4 @@
-"""Argument checks shared by the operators. Shapes and dtypes only: a check of values would wait for the device."""
+"""Argument checks shared by the operators. Values are looked at on a CPU only: on a GPU the host would wait for them."""
 
 from __future__ import annotations
 
@@ -26,3 +26,28 @@ def expect_device(name: str, tensor: torch.Tensor, like_name: str, like: torch.T
     """Raise ValueError naming both arguments unless they are on one device."""
     if tensor.device != like.device:
         raise ValueError(f"{name}: expected device {like.device} (that of {like_name}), found {tensor.device}")
+
+
+def _readable(tensor: torch.Tensor) -> bool:
+    """Whether looking at values is free: eager, on a CPU, not a tracer's stand-in."""
+    return not torch.compiler.is_compiling() and tensor.device.type == "cpu" and type(tensor) is torch.Tensor
+
+
+def expect_indices(name: str, ids: torch.Tensor, limit: int) -> None:
+    """Raise IndexError naming the argument unless its values are 0 to limit - 1; nothing where they cannot be seen."""
+    if not _readable(ids) or ids.numel() == 0:
+        return
+    low, high = (int(value) for value in ids.aminmax())
+    if low < 0 or high >= limit:
+        raise IndexError(f"{name}: expected values from 0 to {limit - 1}, found {low if low < 0 else high}")
+
+
+def expect_permutation(name: str, ids: torch.Tensor) -> None:
+    """Raise IndexError or ValueError unless every row of ids [B, L] holds 0 to L - 1 once; nothing where unseen."""
+    expect_indices(name, ids, ids.shape[1])
+    if not _readable(ids):
+        return
+    complete = torch.zeros(ids.shape, dtype=torch.bool).scatter_(1, ids, True).all(dim=1)
+    if not complete.all():
+        row = int(complete.logical_not().nonzero()[0])
+        raise ValueError(f"{name}: expected a permutation in every row, found a value twice in row {row}")

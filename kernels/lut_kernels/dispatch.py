@@ -78,11 +78,15 @@ def architecture(device: torch.device) -> str:
 
 
 def matches(rule: Mapping[str, Any], dtype: str, tokens: int, head_dim: int, training: bool) -> bool:
-    """Whether a rule applies. A condition that is absent holds; `up_to` is the longest sequence it speaks for."""
+    """Whether a rule applies. A condition that is absent holds.
+
+    `up_to` is the longest sequence the rule speaks for, `wider_than` the widest head dim it leaves to others.
+    """
     return (
         dtype in rule.get("dtypes", (dtype,))
         and tokens <= rule.get("up_to", tokens)
         and head_dim in rule.get("head_dims", (head_dim,))
+        and head_dim > rule.get("wider_than", -1)
         and training == rule.get("training", training)
     )
 
@@ -93,15 +97,20 @@ def rules(section: str, arch: str, op: str) -> list[dict[str, Any]]:
     return by_arch.get(arch, {}).get(op) or by_arch["default"][op]
 
 
-@lru_cache(maxsize=4096)
-def _look_up(
-    op: str, device: torch.device, dtype: torch.dtype, tokens: int, head_dim: int, training: bool, mode: str
-) -> str:
+def check_mode(mode: str, device: torch.device) -> None:
+    """Raise ValueError, naming the variable, the accepted values and the one found, if this mode cannot run here."""
     _valid(mode, "LUT_KERNELS")
     if mode == "triton" and device.type == "cpu" and not INTERPRETED:
         raise ValueError(
             "LUT_KERNELS: expected auto or torch, Triton needs a CUDA device or TRITON_INTERPRET=1; found triton"
         )
+
+
+@lru_cache(maxsize=4096)
+def _look_up(
+    op: str, device: torch.device, dtype: torch.dtype, tokens: int, head_dim: int, training: bool, mode: str
+) -> str:
+    check_mode(mode, device)
     name = str(dtype).removeprefix("torch.")
     found = [
         rule["use"]

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from lut_kernels.checks import FLOATS, expect_device, expect_dtype, expect_shape
+from lut_kernels.checks import FLOATS, expect_device, expect_dtype, expect_indices, expect_shape
 from lut_kernels.dispatch import choice, tile
 from lut_kernels.runtime import INTERPRETED, accumulator, column_block, launch
 
@@ -40,7 +40,7 @@ def embed_kernel(
     is_token = (rows > 0) & (rows <= kept)
     if HAS_IDS:
         patch = tl.load(ids + sample * kept + rows - 1, mask=is_token, other=0)
-        known = (patch >= 0) & (patch < positions - 1)
+        known = is_cls | ((patch >= 0) & (patch < positions - 1))
         position = tl.where(is_cls, 0, patch + 1)
     else:
         position = rows.to(tl.int64)
@@ -119,7 +119,9 @@ def embed_backward_pos_op(grad: torch.Tensor, ids: torch.Tensor | None, position
     grad = grad.to(torch.promote_types(grad.dtype, torch.float32))
     if ids is None:
         return grad.sum(0, keepdim=True)
-    rows = torch.cat([ids.new_zeros(ids.shape[0], 1), ids + 1], dim=1)
+    # -1 is the padding index below: an id out of range must not reach a row of the table
+    known = torch.where((ids >= 0) & (ids < positions - 1), ids + 1, -1)
+    rows = torch.cat([ids.new_zeros(ids.shape[0], 1), known], dim=1)
     # sorted, not atomic: the same sum every time
     return torch.ops.aten.embedding_dense_backward(grad, rows, positions, -1, False)[None]
 
@@ -166,6 +168,7 @@ def _check(x: torch.Tensor, cls_token: torch.Tensor, pos_embed: torch.Tensor, id
     expect_dtype("ids", ids.dtype, (torch.int64,))
     expect_shape("ids", ids, (batch, kept))
     expect_device("ids", ids, "x", x)
+    expect_indices("ids", ids, pos_embed.shape[1] - 1)
 
 
 def embed_tokens(
@@ -175,7 +178,8 @@ def embed_tokens(
 
     x: float [B, K, D]; cls_token: [1, 1, D]; pos_embed: [1, 1+L, D], row 0 belongs to cls; ids: int64 [B, K] patch
     indices, or None for all L patches in order. Gradients flow to x, cls_token and pos_embed (where it is trained).
-    Raises ValueError or TypeError naming the argument at fault.
+    Raises ValueError, TypeError or IndexError naming the argument at fault. The values of ids are looked at on a CPU
+    only: on a GPU an id out of range gives a NaN row, and no gradient to the table.
     """
     _check(x, cls_token, pos_embed, ids)
     side = embed_op if choice("embed_tokens", x.device, x.dtype) == "triton" else _reference

@@ -140,12 +140,13 @@ def gather_patches(
     pixels: uint8 [B, S, S, 3], normalised here as (v/255 - mean)/std; or float [B, 3, S, S], taken as normalised.
     ids: int64 [B, K] raster indices into the L = (S/P)^2 patches; None takes all of them in raster order.
     mean, std: three values each for uint8 pixels (default 0 and 1); must be None for float pixels.
-    Raises ValueError or TypeError naming the argument at fault.
+    Raises ValueError, TypeError or IndexError naming the argument at fault. The values of ids are looked at on a CPU
+    only: on a GPU an id out of range gives a NaN row.
     """
-    batch, _ = check_pixels(pixels, patch_size)
+    batch, grid = check_pixels(pixels, patch_size)
     expect_dtype("dtype", dtype, FLOATS)
     if ids is not None:
-        check_ids(ids, batch, pixels)
+        check_ids(ids, batch, grid * grid, pixels)
     scale, shift = affine(pixels, mean, std)
     # The kernel has no gradient for pixels: nothing in training asks for one.
     if choice("gather_patches", pixels.device, dtype) == "triton" and not pixels.requires_grad:

@@ -221,6 +221,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.T
 
 
 def _backward(ctx: Any, upstream: torch.Tensor, _: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    if torch.is_grad_enabled():  # create_graph: the saved gradient has no history, a second one would lack a part
+        raise RuntimeError(
+            'reconstruction_loss: the kernel has no second derivative (create_graph=True); use kernels_mode("torch")'
+        )
     (grad,) = ctx.saved_tensors
     if type(grad) is not torch.Tensor:  # a tracer's stand-in: a compiled graph may not change what its forward saved
         return grad * (upstream * ctx.factor), None, None, None, None, None, None, None
@@ -247,10 +251,11 @@ def reconstruction_loss(
     pred: float [B, M, P*P*3]; pixels, patch_size, mean, std: as for `gather_patches`; ids: int64 [B, M], the patches
     predicted. norm_pix: the target of a patch is (row - its mean) / sqrt(its unbiased variance + 1e-6), over all its
     P*P*3 values, in fp32; else the row itself.
-    The gradient flows to pred only. Raises ValueError or TypeError naming the argument at fault.
+    The gradient flows to pred only. Raises ValueError, TypeError or IndexError naming the argument at fault. The values
+    of ids are looked at on a CPU only: on a GPU an id out of range makes the loss NaN.
     """
-    batch, _ = check_pixels(pixels, patch_size)
-    check_ids(ids, batch, pixels)
+    batch, grid = check_pixels(pixels, patch_size)
+    check_ids(ids, batch, grid * grid, pixels)
     expect_dtype("pred", pred.dtype, FLOATS)
     expect_shape("pred", pred, (batch, ids.shape[1], patch_size * patch_size * 3))
     expect_device("pred", pred, "pixels", pixels)

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from lut_kernels.checks import FLOATS, expect_device, expect_dtype, expect_shape
+from lut_kernels.checks import FLOATS, expect_device, expect_dtype, expect_indices, expect_shape
 
 
 def check_pixels(pixels: torch.Tensor, patch_size: int) -> tuple[int, int]:
@@ -28,11 +28,12 @@ def check_pixels(pixels: torch.Tensor, patch_size: int) -> tuple[int, int]:
     return pixels.shape[0], height // patch_size
 
 
-def check_ids(ids: torch.Tensor, batch: int, pixels: torch.Tensor) -> None:
-    """Check patch indices int64 [B, K] against the batch they index."""
+def check_ids(ids: torch.Tensor, batch: int, patches: int, pixels: torch.Tensor) -> None:
+    """Check patch indices int64 [B, K] against the batch and the number of patches they index."""
     expect_dtype("ids", ids.dtype, (torch.int64,))
     expect_shape("ids", ids, (batch, None))
     expect_device("ids", ids, "pixels", pixels)
+    expect_indices("ids", ids, patches)
 
 
 def affine(

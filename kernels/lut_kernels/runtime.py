@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,13 +56,33 @@ def recording() -> Recording | None:
     return _recording
 
 
+Surround = Callable[[Any, tuple[Any, ...]], AbstractContextManager[tuple[Any, ...]]]
+
+_surround: Surround | None = None
+
+
+@contextmanager
+def surround_launches(surround: Surround) -> Iterator[None]:
+    """Inside, every launch runs within `surround(kernel, args)`, on the arguments that yields: for memory checks."""
+    global _surround
+    before, _surround = _surround, surround
+    try:
+        yield
+    finally:
+        _surround = before
+
+
 def launch(kernel: Any, programs: int, on: torch.Tensor, *args: Any, **constants: Any) -> None:
     """Run `programs` programs of a kernel on the device of `on`; Triton itself would take the current device."""
     if _recording is not None:
         _recording.launches.append(Launch(kernel, args, constants))
         return
     with torch.cuda.device(on.device) if on.is_cuda else nullcontext():
-        kernel[(programs,)](*args, **constants)
+        if _surround is None:
+            kernel[(programs,)](*args, **constants)
+            return
+        with _surround(kernel, args) as given:
+            kernel[(programs,)](*given, **constants)
 
 
 def batch_strided(tensor: torch.Tensor) -> torch.Tensor:

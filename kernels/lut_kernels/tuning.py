@@ -10,9 +10,12 @@ import torch
 
 from lut_kernels import attention_launch, embed, gather, loss, unshuffle
 
+BF16 = torch.bfloat16
+SHORT = {torch.float16: "fp16", torch.float32: "fp32"}
 # Student and full length for patch 16, the same for patch 14, 384 and 448 pixels for transfer. The first two are tuned.
 TOKENS = (50, 197, 65, 257, 577, 1025)
 HEADS = {32: 16, 64: 16, 80: 16}  # heads by head dim: decoder, ViT-S/B/L, ViT-H
+WIDE = {96: 8, 128: 8}  # head dims no ViT here has: compiled with the table's tiles, never tuned
 
 
 def _attention_space() -> dict[str, list[dict[str, int]]]:
@@ -76,67 +79,85 @@ def _ids(device: str, kept: int, batch: int = 8) -> torch.Tensor:
     return torch.empty((batch, kept), dtype=torch.int64, device=device)
 
 
-def _gather(name: str, patch: int, kept: int | None, source: torch.dtype = torch.uint8) -> Case:
+def _case(name: str, kernel: str, tile: str, run: Callable[[str], object], dtype: torch.dtype = BF16) -> Case:
+    """The case of a dtype: only bf16 is tuned, and its name goes without saying."""
+    return Case(name, kernel, tile, run) if dtype == BF16 else Case(f"{name} {SHORT[dtype]}", kernel, "", run)
+
+
+def _gather(
+    name: str, patch: int, kept: int | None, source: torch.dtype = torch.uint8, dtype: torch.dtype = BF16
+) -> Case:
     def run(device: str) -> object:
         ids = None if kept is None else _ids(device, kept)
-        return gather.launch_gather(_pixels(device, source), ids, patch, [1.0] * 3, [0.0] * 3, torch.bfloat16)
+        return gather.launch_gather(_pixels(device, source), ids, patch, [1.0] * 3, [0.0] * 3, dtype)
 
-    return Case(f"gather_patches {name}", "gather_kernel", "gather_patches", run)
+    return _case(f"gather_patches {name}", "gather_kernel", "gather_patches", run, dtype)
 
 
-def _embed(width: int, kept: int | None) -> Case:
+def _embed(width: int, kept: int | None, dtype: torch.dtype = BF16) -> Case:
     def run(device: str) -> object:
-        x = torch.empty((8, kept or 196, width), dtype=torch.bfloat16, device=device)
+        x = torch.empty((8, kept or 196, width), dtype=dtype, device=device)
         cls = torch.empty((1, 1, width), device=device)
         ids = None if kept is None else _ids(device, kept)
         return embed.launch_embed(x, cls, torch.empty((1, 197, width), device=device), ids)
 
-    return Case(f"embed_tokens D={width} {'all' if kept is None else 'visible'}", "embed_kernel", "embed_tokens", run)
+    name = f"embed_tokens D={width} {'all' if kept is None else 'visible'}"
+    return _case(name, "embed_kernel", "embed_tokens", run, dtype)
 
 
-def _unshuffle(device: str) -> object:
-    x = torch.empty((8, 50, 512), dtype=torch.bfloat16, device=device)
-    mask, pos = torch.empty((1, 1, 512), device=device), torch.empty((1, 197, 512), device=device)
-    return unshuffle.launch_unshuffle(x, mask, pos, _ids(device, 196))
+def _unshuffle(dtype: torch.dtype = BF16) -> list[Case]:
+    def forward(device: str) -> object:
+        x = torch.empty((8, 50, 512), dtype=dtype, device=device)
+        mask, pos = torch.empty((1, 1, 512), device=device), torch.empty((1, 197, 512), device=device)
+        return unshuffle.launch_unshuffle(x, mask, pos, _ids(device, 196))
+
+    def backward(device: str) -> object:
+        grad = torch.empty((8, 197, 512), dtype=dtype, device=device)
+        return unshuffle.launch_unshuffle_backward(grad, _ids(device, 196), 50)
+
+    name = "unshuffle_tokens"
+    return [
+        _case(f"{name} D=512", "unshuffle_kernel", name, forward, dtype),
+        _case(f"{name}_backward D=512", "unshuffle_backward_kernel", f"{name}_backward", backward, dtype),
+    ]
 
 
-def _unshuffle_backward(device: str) -> object:
-    grad = torch.empty((8, 197, 512), dtype=torch.bfloat16, device=device)
-    return unshuffle.launch_unshuffle_backward(grad, _ids(device, 196), 50)
-
-
-def _loss(patch: int, norm_pix: bool, with_grad: bool) -> Case:
+def _loss(patch: int, norm_pix: bool, with_grad: bool, dtype: torch.dtype = BF16) -> Case:
     masked = (224 // patch) ** 2 * 3 // 4
 
     def run(device: str) -> object:
-        pred = torch.empty((8, masked, 3 * patch**2), dtype=torch.bfloat16, device=device)
+        pred = torch.empty((8, masked, 3 * patch**2), dtype=dtype, device=device)
         pixels, ids = _pixels(device, torch.uint8), _ids(device, masked)
         return loss.launch_loss(pred, pixels, ids, patch, [1.0] * 3, [0.0] * 3, norm_pix, with_grad)
 
     name = f"reconstruction_loss P={patch} {'norm' if norm_pix else 'raw'} {'grad' if with_grad else 'value'}"
-    return Case(name, "loss_kernel", "reconstruction_loss", run)
+    return _case(name, "loss_kernel", "reconstruction_loss", run, dtype)
 
 
-def _loss_scale(device: str) -> object:
-    grad = torch.empty((8, 147, 768), dtype=torch.bfloat16, device=device)
-    loss.launch_scale(grad, torch.empty((), device=device), 1.0)
-    return grad
-
-
-def _forward(tokens: int, head_dim: int, save: bool, dtype: torch.dtype = torch.bfloat16) -> Case:
+def _loss_scale(dtype: torch.dtype = BF16) -> Case:
     def run(device: str) -> object:
-        qkv = torch.empty((8, tokens, 3 * HEADS[head_dim] * head_dim), dtype=dtype, device=device)
-        return attention_launch.launch_forward(qkv, HEADS[head_dim], save)
+        grad = torch.empty((8, 147, 768), dtype=dtype, device=device)
+        loss.launch_scale(grad, torch.empty((), device=device), 1.0)
+        return grad
+
+    return _case("reconstruction_loss_scale", "scale_kernel", "", run, dtype)
+
+
+def _forward(tokens: int, head_dim: int, save: bool, dtype: torch.dtype = BF16) -> Case:
+    heads = (HEADS | WIDE)[head_dim]
+
+    def run(device: str) -> object:
+        qkv = torch.empty((8, tokens, 3 * heads * head_dim), dtype=dtype, device=device)
+        return attention_launch.launch_forward(qkv, heads, save)
 
     name = f"attention_forward d={head_dim} N={tokens} {'save' if save else 'eval'}"
-    if dtype == torch.float32:
-        return Case(f"{name} fp32", "forward_kernel", "", run)
-    return Case(name, "forward_kernel", "attention_forward", run)
+    return _case(name, "forward_kernel", "attention_forward" if head_dim in HEADS else "", run, dtype)
 
 
-def _backward(tokens: int, head_dim: int, dtype: torch.dtype = torch.bfloat16) -> list[Case]:
+def _backward(tokens: int, head_dim: int, dtype: torch.dtype = BF16) -> list[Case]:
+    heads = (HEADS | WIDE)[head_dim]
+
     def run(device: str) -> object:
-        heads = HEADS[head_dim]
         qkv = torch.empty((8, tokens, 3 * heads * head_dim), dtype=dtype, device=device)
         out = torch.empty((8, tokens, heads * head_dim), dtype=dtype, device=device)
         lse = torch.empty((8, heads, tokens), device=device)
@@ -144,44 +165,53 @@ def _backward(tokens: int, head_dim: int, dtype: torch.dtype = torch.bfloat16) -
 
     found = []
     for part in ("delta", "one_tile", "kv", "q"):
-        name, where = f"attention_backward_{part}", f"d={head_dim} N={tokens}"
+        name = f"attention_backward_{part}"
+        tile = "" if part == "delta" or head_dim in WIDE else name
         kernel = "delta_kernel" if part == "delta" else f"backward_{part}_kernel"
-        if dtype == torch.float32:
-            found.append(Case(f"{name} {where} fp32", kernel, "", run))
-        else:
-            found.append(Case(f"{name} {where}", kernel, "" if part == "delta" else name, run))
+        found.append(_case(f"{name} d={head_dim} N={tokens}", kernel, tile, run, dtype))
     return found
 
 
-def cases() -> list[Case]:
-    """Every kernel at every shape: bf16, and attention in fp32 too, whose tiles are its own (exact, and never tuned).
+def _pixels_and_tokens(dtype: torch.dtype) -> list[Case]:
+    """The memory-bound kernels of one step of ViT-L."""
+    return [
+        _gather("u8 P=16 visible", 16, 49, dtype=dtype),
+        _embed(1024, 49, dtype),
+        *_unshuffle(dtype),
+        _loss(16, True, True, dtype),
+        _loss_scale(dtype),
+    ]
 
-    Which of the backward's kernels a length takes is the table's business.
+
+def attention_cases(tokens: int, head_dim: int, dtype: torch.dtype = BF16) -> list[Case]:
+    """Forward with and without saving, and whichever backward the table gives this length."""
+    return [*(_forward(tokens, head_dim, save, dtype) for save in (True, False)), *_backward(tokens, head_dim, dtype)]
+
+
+def cases() -> list[Case]:
+    """Every kernel at every shape in bf16, and in fp16 and fp32 (attention: tiles of its own, exact products) at some.
+
+    Which of the backward's kernels a length takes is the table's business; `resources` compiles each binary once.
     """
     found = [
-        _gather("u8 P=16 visible", 16, 49),
+        *_pixels_and_tokens(BF16),
         _gather("u8 P=16 all", 16, None),
         _gather("u8 P=14 visible", 14, 64),
         _gather("fp32 P=16 visible", 16, 49, torch.float32),
-        *(_embed(width, 49) for width in (384, 768, 1024, 1280)),
+        *(_embed(width, 49) for width in (384, 768, 1280)),
         _embed(1024, None),
-        Case("unshuffle_tokens D=512", "unshuffle_kernel", "unshuffle_tokens", _unshuffle),
-        Case(
-            "unshuffle_tokens_backward D=512",
-            "unshuffle_backward_kernel",
-            "unshuffle_tokens_backward",
-            _unshuffle_backward,
-        ),
-        _loss(16, True, True),
         _loss(16, True, False),
         _loss(16, False, True),
         _loss(14, True, True),
-        Case("reconstruction_loss_scale", "scale_kernel", "", _loss_scale),
+        *_pixels_and_tokens(torch.float16),
+        *_pixels_and_tokens(torch.float32),
     ]
     for tokens, head_dim in product(TOKENS, HEADS):
-        found += [_forward(tokens, head_dim, save) for save in (True, False)]
-        found += _backward(tokens, head_dim)
+        found += attention_cases(tokens, head_dim)
+    for head_dim in WIDE:
+        found += [*attention_cases(50, head_dim), *attention_cases(197, head_dim)]
+    for head_dim in HEADS | WIDE:
+        found += [*attention_cases(12, head_dim, torch.float32), *attention_cases(197, head_dim, torch.float32)]
     for head_dim in HEADS:
-        found.append(_forward(197, head_dim, True, torch.float32))
-        found += [*_backward(12, head_dim, torch.float32), *_backward(197, head_dim, torch.float32)]
+        found += [*attention_cases(50, head_dim, torch.float16), *attention_cases(197, head_dim, torch.float16)]
     return found

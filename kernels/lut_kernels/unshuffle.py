@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from lut_kernels.checks import FLOATS, expect_device, expect_dtype, expect_shape
+from lut_kernels.checks import FLOATS, expect_device, expect_dtype, expect_permutation, expect_shape
 from lut_kernels.dispatch import choice, tile
 from lut_kernels.runtime import INTERPRETED, accumulator, column_block, launch
 
@@ -38,7 +38,7 @@ def unshuffle_kernel(
     live = rows <= patches
     # Row 0 is cls, and comes from row 0 of x; patch l comes from row 1 + its shuffle position, if that is visible.
     place = tl.load(ids_restore + sample * patches + rows - 1, mask=live & (rows > 0), other=-1) + 1
-    known = (place >= 0) & (place <= patches)
+    known = (rows == 0) | ((place >= 1) & (place <= patches))
     shown = live & known & (place <= visible)
     source = tl.where(shown, place, 0)
     for start in range(0, WIDTH, BLOCK):
@@ -74,7 +74,10 @@ def unshuffle_backward_kernel(
     BLOCK: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """One program: all rows of one sample, BLOCK columns. Visible rows go back to their place, others are summed."""
+    """One program: all rows of one sample, BLOCK columns. Visible rows go back to their place, others are summed.
+
+    A place out of range is written nowhere, and makes the sum NaN as it made its row in the forward.
+    """
     program = tl.program_id(0)
     sample = (program // column_blocks).to(tl.int64)
     column = program % column_blocks * BLOCK + tl.arange(0, BLOCK)
@@ -84,7 +87,8 @@ def unshuffle_backward_kernel(
         rows = start + tl.arange(0, ROWS)
         live = rows <= patches
         place = tl.load(ids_restore + sample * patches + rows - 1, mask=live & (rows > 0), other=-1) + 1
-        shown = live & (place >= 0) & (place <= visible)
+        known = (rows == 0) | ((place >= 1) & (place <= patches))
+        shown = live & known & (place <= visible)
         value = tl.load(
             grad + sample * (patches + 1) * WIDTH + rows[:, None] * WIDTH + column[None, :],
             mask=live[:, None] & inside[None, :],
@@ -92,7 +96,8 @@ def unshuffle_backward_kernel(
         )
         target = grad_x + sample * (visible + 1) * WIDTH + place[:, None] * WIDTH + column[None, :]
         tl.store(target, value, mask=shown[:, None] & inside[None, :])
-        total += tl.sum(tl.where(shown[:, None], 0.0, value.to(ACC)), axis=0)
+        hidden = tl.where(known[:, None] | (rows > patches)[:, None], value.to(ACC), float("nan"))
+        total += tl.sum(tl.where(shown[:, None], 0.0, hidden), axis=0)
     tl.store(grad_mask + sample * WIDTH + column, total, mask=inside)
 
 
@@ -227,6 +232,7 @@ def _check(x: torch.Tensor, mask_token: torch.Tensor, pos_embed: torch.Tensor, i
     expect_device("ids_restore", ids_restore, "x", x)
     if tokens < 1 or tokens > pos_embed.shape[1]:
         raise ValueError(f"x: expected 1 to {pos_embed.shape[1]} tokens (cls and visible patches), found {tokens}")
+    expect_permutation("ids_restore", ids_restore)
 
 
 def unshuffle_tokens(
@@ -236,7 +242,9 @@ def unshuffle_tokens(
 
     x: float [B, 1+K, D], row 0 is cls, rows 1+k the visible patches in shuffle order; mask_token: [1, 1, D];
     pos_embed: [1, 1+L, D]; ids_restore: int64 [B, L], the shuffle position of every patch (a permutation): below K
-    means visible. Gradients flow to x, mask_token and pos_embed. Raises ValueError or TypeError naming the argument.
+    means visible. Gradients flow to x, mask_token and pos_embed. Raises ValueError, TypeError or IndexError naming the
+    argument. The values of ids_restore are looked at on a CPU only: on a GPU a value out of range gives a NaN row, and a
+    NaN gradient of the mask token; a value found twice leaves the gradient of x undefined where another is missing.
     """
     _check(x, mask_token, pos_embed, ids_restore)
     side = unshuffle_op if choice("unshuffle_tokens", x.device, x.dtype) == "triton" else _reference

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from lut_kernels.dispatch import check_mode, current_mode
 
 from lut_ds.errors import RunFault, UserError
 
@@ -110,11 +111,23 @@ def check_accelerator() -> str:
     return wanted
 
 
+def check_kernels(device: torch.device) -> None:
+    """Refuse a value of LUT_KERNELS that names no mode, or one that cannot run on this device.
+
+    Raises:
+        UserError: what is accepted, and what was found.
+    """
+    try:
+        check_mode(current_mode(), device)
+    except ValueError as error:
+        raise UserError(f"{error}; unset it or correct it") from None
+
+
 def discover_ranks() -> Ranks:
     """Read the launcher's environment, complete it for Slurm or a lone process, and pick the device.
 
     Raises:
-        UserError: bad accelerator, incomplete environment, more ranks on this node than devices.
+        UserError: bad accelerator or kernel mode, incomplete environment, more ranks on this node than devices.
     """
     accelerator = check_accelerator()
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
@@ -146,6 +159,7 @@ def discover_ranks() -> Ranks:
             this_rank=True,
         )
     device = torch.device("cuda", local_rank) if accelerator == "cuda" else torch.device("cpu")
+    check_kernels(device)
     return Ranks(rank, world_size, local_rank, device, launcher)
 
 

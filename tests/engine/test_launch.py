@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lut_kernels import dispatch
 
 from lut_ds.engine.launch import discover_ranks, first_host, slurm_environment
 from lut_ds.errors import UserError
@@ -131,6 +132,16 @@ def test_srun() -> None:
 def test_an_accelerator_that_does_not_exist(value: str) -> None:
     os.environ["DS_ACCELERATOR"] = value
     with pytest.raises(UserError, match=f"DS_ACCELERATOR: expected one of cuda, cpu, found '{value}'"):
+        discover_ranks()
+
+
+@pytest.mark.parametrize("value, accepted", [("typo", "one of auto, torch, triton"), ("triton", "auto or torch")])
+def test_a_kernel_mode_that_cannot_run(value: str, accepted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    monkeypatch.setattr(dispatch, "_environment", value)
+    with pytest.raises(
+        UserError, match=f"LUT_KERNELS: expected {accepted}.* found .?{value}.?; unset it or correct it"
+    ):
         discover_ranks()
 
 

@@ -47,6 +47,21 @@ def test_refused_by_name(call: Callable[[], object], error: type[Exception], mes
         call()
 
 
-def test_index_past_the_last_patch() -> None:
-    with pytest.raises(IndexError):
-        gather_patches(PIXELS, IDS + 4, 4)
+@pytest.mark.parametrize("wrong", [-1, 4, 2**62, -(2**63)])
+def test_index_out_of_range(wrong: int) -> None:
+    ids, restore = IDS.clone(), torch.arange(4).repeat(2, 1)
+    ids[1, 2] = restore[1, 3] = wrong
+    for name, call in (
+        ("ids", lambda: gather_patches(PIXELS, ids, 4)),
+        ("ids", lambda: embed_tokens(X, CLS, POS, ids)),
+        ("ids_restore", lambda: unshuffle_tokens(X, CLS, POS, restore)),
+        ("ids", lambda: reconstruction_loss(PRED, PIXELS, ids, 4)),
+    ):
+        with pytest.raises(IndexError, match=f"^{name}: expected values from 0 to 3, found {wrong}$"):
+            call()
+
+
+def test_a_shuffle_that_is_no_permutation() -> None:
+    restore = torch.tensor([[3, 1, 0, 2], [0, 1, 1, 2]])
+    with pytest.raises(ValueError, match=r"ids_restore: expected a permutation .* found a value twice in row 1"):
+        unshuffle_tokens(X, CLS, POS, restore)

@@ -105,6 +105,28 @@ def test_second_backward_through_the_loss_operator_is_refused_not_wrong() -> Non
         (loss * 2).backward()
 
 
+def test_second_derivatives_are_refused_not_wrong() -> None:
+    x, cls, pos = leaf(1, 4, 8), leaf(1, 1, 8, seed=1), leaf(1, 10, 8, seed=2)
+    pixels, ids, pred = random_pixels(1, 8), random_ids(1, 4, 2), leaf(1, 2, 48)
+
+    def twice(out: Tensor, of: Tensor) -> Tensor:
+        (first,) = torch.autograd.grad(out.square().sum(), of, create_graph=True)
+        return torch.autograd.grad((first * of).sum(), of)[0]
+
+    for out, of in (
+        (OPS.reconstruction_loss(pred, pixels, ids, 4, *AFFINE, True, True)[0], pred),
+        (OPS.attention(x @ torch.ones(8, 24), 2, True)[0], x),
+        (OPS.unshuffle_tokens(x, cls, pos, random_ids(1, 9, 9)), x),
+    ):
+        with pytest.raises(RuntimeError, match=r"no second derivative \(create_graph=True\)|no autograd formula"):
+            twice(out, of)
+    ids = random_ids(1, 9, 4)
+    one, other = (twice(side(x, cls, pos, ids), x) for side in (OPS.embed_tokens, embed_tokens))
+    torch.testing.assert_close(one, other)  # linear, and its backward is made of torch's own operators
+    reference = reconstruction_loss(pred, pixels, random_ids(1, 4, 2), 4)
+    assert twice(reference, pred).abs().sum() > 0
+
+
 def step(pixels: Tensor, ids: Tensor, restore: Tensor, weights: dict[str, Tensor]) -> Tensor:
     """All operators in the order of a training step, through the public functions."""
     rows = gather_patches(pixels, ids, 4, MEAN, STD)

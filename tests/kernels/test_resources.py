@@ -1,12 +1,13 @@
 """Ahead-of-time compilation and the committed resource table."""
 
+import itertools
 import json
 from pathlib import Path
 
 import pytest
 from lut_kernels import dispatch, resources
 from lut_kernels.dispatch import table
-from lut_kernels.tuning import SPACE, cases
+from lut_kernels.tuning import SPACE, attention_cases, cases
 
 COMMITTED = json.loads(resources.PATH.read_text())
 ARCHITECTURES = (80, 90, 100)
@@ -75,6 +76,33 @@ def test_what_counts_as_worse() -> None:
     assert len(resources.faults(name, report | {"spilled": 8, "shared": 300 * 1024})) == 2
     assert resources.faults("sm_90 k", report | {"shared": 200 * 1024}) == []
     assert len(resources.faults("sm_80 k", report | {"shared": 200 * 1024})) == 1
+
+
+def test_check_ends_with_1_where_something_got_worse(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "gather_patches u8 P=16 all"
+    monkeypatch.setattr(resources, "distinct", lambda *_: [(90, index_of(name), None)])
+    monkeypatch.setattr(resources, "PATH", tmp_path / "resources.json")
+    for change, code in ((0, 0), (1, 1)):
+        report = COMMITTED[f"sm_90 {name}"]
+        changed = report | {"registers": report["registers"] - change}
+        resources.PATH.write_text(json.dumps({f"sm_90 {name}": changed}))
+        assert resources.main(["--check", "--arch", "90", "--jobs", "1"]) == code
+    assert f"registers was {report['registers'] - 1}, is {report['registers']}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_long_sequences_take_binaries_that_were_compiled(arch: int) -> None:
+    compiled = {
+        build.key()
+        for _, index, tile in resources.distinct((arch,), space=False)
+        if (build := resources.build_case(arch, cases()[index], tile)) is not None
+    }
+    for tokens, head_dim in itertools.product((577, 785, 1025), (32, 64, 80)):  # 384 and 448 pixels
+        for case in attention_cases(tokens, head_dim):
+            build = resources.build_case(arch, case, None)
+            assert build is None or build.key() in compiled
 
 
 def test_every_space_contains_a_tile_and_names_a_case() -> None:

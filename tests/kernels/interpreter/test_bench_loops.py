@@ -7,12 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from lut_kernels import resources
-from lut_kernels.bench_parity import check_work
+from lut_kernels.bench import run_guards
+from lut_kernels.bench_parity import check_guards, check_work
 from lut_kernels.bench_table import tile_rules
 from lut_kernels.bench_time import time_sides, tune
 from lut_kernels.bench_work import Inputs, attention_work, embed_work, gather_work, loss_work, unshuffle_work
 from lut_kernels.dispatch import current_mode
+from lut_kernels.guard import guarded_launches
+from lut_kernels.runtime import launch
 from lut_kernels.tuning import SPACE
 
 SMALL = [
@@ -80,6 +85,55 @@ def test_a_value_that_is_never_written_fails() -> None:
         return out
 
     assert not check_work(dataclasses.replace(work, call=unwritten), "cpu", torch.float32)["passed"]
+
+
+@pytest.mark.parametrize("work", SMALL, ids=lambda work: work.name)
+def test_kernels_leave_guard_zones_alone(work: Any) -> None:
+    assert check_guards(work, "cpu", torch.float16) == []
+
+
+@triton.jit
+def _copy_kernel(source, target, SHIFT: tl.constexpr, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
+    place = tl.arange(0, SIZE)
+    tl.store(target + place, tl.load(source + place + SHIFT))
+
+
+def _copy(inputs: Inputs, shift: int, size: int) -> torch.Tensor:
+    target = torch.zeros(32)[:8]  # what lies behind it is ours too
+    launch(_copy_kernel, 1, target, inputs["x"], target, SHIFT=shift, SIZE=size)
+    return target
+
+
+@pytest.mark.parametrize(
+    "shift, size, fault",
+    [(0, 8, None), (0, 16, "_copy_kernel: wrote outside its tensor 1"), (1, 8, "depends on memory around a tensor")],
+)
+def test_guard_zones_show_what_is_outside(
+    shift: int, size: int, fault: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    work = dataclasses.replace(
+        embed_work(1, 8, 4, 2),
+        make=lambda device, dtype, seed: {"x": torch.arange(32.0)[:8]},
+        call=lambda inputs: _copy(inputs, shift, size),
+        leaves=(),
+    )
+    found = run_guards("cpu", [work], torch.float32)
+    assert found["passed"] is (fault is None)
+    assert fault is None or fault in found["faults"][0]
+    assert ("MEMORY" in capsys.readouterr().out) is (fault is not None)
+
+
+def test_guarded_launches_keep_strides_and_saved_inputs() -> None:
+    rows = torch.zeros(3, 8)[:, :4]
+    source = torch.arange(4.0)
+    with guarded_launches(0xFF) as faults:
+        launch(_copy_kernel, 1, rows, source, rows, SHIFT=0, SIZE=4)
+    assert faults == []
+    assert rows.tolist() == [[0.0, 1.0, 2.0, 3.0], [0.0] * 4, [0.0] * 4]
+    with guarded_launches(0xFF) as faults:
+        launch(_copy_kernel, 1, rows, torch.arange(8.0), rows, SHIFT=0, SIZE=8)  # into the gap between two rows
+    assert faults == ["_copy_kernel: wrote outside its tensor 1"]
+    assert source._version == 0
 
 
 def test_resources_refuses_an_interpreting_process(capsys: pytest.CaptureFixture[str]) -> None:
