@@ -167,16 +167,13 @@ def huge_ids(kept: int = 4) -> Tensor:
     return reserved(len(huge_pixels()), kept, dtype=torch.int64)
 
 
-def huge_qkv(part: int) -> Tensor:
-    return reserved(HUGE // (part * 1024), 8 if part == 3 else 70, part * 1024)
-
-
-def huge_backward(tokens: int) -> tuple[Tensor, ...]:
+def huge_backward(tokens: int) -> object:
     batch = HUGE // (tokens * 256)
     qkv, flat, lse = reserved(batch, tokens, 3 * 256), reserved(batch, tokens, 256), torch.empty(batch, 4, tokens)
-    return (launch_backward(flat, qkv, flat.clone() if tokens == 0 else flat[:], lse, 4),)
+    return launch_backward(flat, qkv, reserved(batch, tokens, 256), lse, 4)
 
 
+# Sizes just past 2**31, so that a wrapped offset is negative and not some other place inside.
 LARGE: dict[str, Callable[[], object]] = {
     "gather reads": lambda: launch_gather(huge_pixels(), huge_ids(), 16, ONE, ZERO, torch.float16),
     "gather writes": lambda: launch_gather(
@@ -192,9 +189,14 @@ LARGE: dict[str, Callable[[], object]] = {
         reserved(HUGE // 4096, 4, dtype=torch.int64),
     ),
     "unshuffle": lambda: launch_unshuffle(
-        reserved(HUGE // 4096, 4, 1024), randn(1, 1, 1024).half(), randn(1, 9, 1024).half(),
-        reserved(HUGE // 4096, 8, dtype=torch.int64),
+        reserved(HUGE // 256, 4, 64), randn(1, 1, 64).half(), randn(1, 4, 64).half(),
+        reserved(HUGE // 256, 3, dtype=torch.int64),
     ),
+    "unshuffle backward": lambda: launch_unshuffle_backward(
+        reserved(HUGE // 65536, 64, 1024), reserved(HUGE // 65536, 63, dtype=torch.int64), 64
+    ),
+    "attention backward in one tile": lambda: huge_backward(8),
+    "attention backward": lambda: huge_backward(70),
     "attention forward": lambda: launch_forward(reserved(HUGE // 2048, 8, 768), 4, True),
 }  # fmt: skip
 

@@ -228,7 +228,7 @@ def test_attention(**shape: Any) -> None:
 
 # 384 and 448 pixels with patch 16 and 14; the tiles of 16-bit types, whose step divides neither length
 @pytest.mark.slow
-@pytest.mark.parametrize("tokens, head_dim", [(577, 32), (577, 64), (577, 80), (1025, 32), (1025, 64), (1025, 80)])
+@pytest.mark.parametrize("tokens, head_dim", [(577, 32), (577, 64), (577, 80), (1025, 32), (1025, 64)])
 def test_attention_of_long_sequences(tokens: int, head_dim: int) -> None:
     check_attention(1, tokens, 1, head_dim, torch.float16, 0)
 
