@@ -152,7 +152,7 @@ class Data(Section):
     max_bad_share: Fraction = 0.01
     """Stop when more of the samples seen than this, or of 1,000 if that is more, cannot be read or decoded."""
     retry_seconds: Annotated[float, Field(ge=0, le=1200)] = 300.0
-    """How long to wait for a data set of which nothing can be read; the other ranks wait too, 1200 s at most."""
+    """How long to wait for a data set of which nothing can be read, seconds; the other ranks wait too: stay below guard.hang_seconds."""
 
     @field_validator("crop_scale")
     @classmethod

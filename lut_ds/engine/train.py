@@ -149,8 +149,7 @@ def _loop(
             watch.record(step, metrics, lr, decay)
             last = step == stop_step
             if last or step % recipe.run.log_every == 0 or step % save_every == 0:
-                stopped = watch.flush(bad_samples.gather()) and not last
-                bad_samples.check()
+                stopped = watch.flush(bad_samples) and not last
                 if (back := watch.rewind(trainer)) is not None:
                     step = back
                     batches.close()

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lut_ds.config import Recipe
 from lut_ds.data.loader import Batch
+from lut_ds.engine.badsamples import BadSampleWatch
 from lut_ds.engine.build import flops_shape
 from lut_ds.engine.guards.panel import Guards
 from lut_ds.engine.launch import Ranks
@@ -155,27 +156,28 @@ class Watch:
         self._recorder.add({"step": step, "epoch": step / self._per_epoch, "lr": lr, "ema_decay": ema_decay}, metrics)
         self.guards.stepped(step)
 
-    def flush(self, bad_samples: int) -> bool:
+    def flush(self, bad_samples: BadSampleWatch) -> bool:
         """Write the remembered steps; True when any rank was asked to stop.
 
         Args:
-            bad_samples: how many all ranks replaced since the last flush.
+            bad_samples: of this rank; the ranks' are gathered here.
 
         Raises:
-            RunFault: too many steps in a row were not applied, or the ranks' models differ.
+            RunFault: too many bad samples, too many steps in a row were not applied, or the ranks' models differ.
         """
         records, votes = self._recorder.fetch()
         now = time.monotonic()
         step, seconds = records[-1]["step"], now - self._flushed
         records[-1]["images_per_s"] = (step - self._flushed_step) * self._recipe.train.global_batch / seconds
         records[-1]["data_wait"] = self._data_seconds / seconds
-        records[-1]["bad_samples"] = bad_samples
+        records[-1]["bad_samples"] = bad_samples.gather()
         self._last_loss = records[-1]["loss"]
         self.guards.count(records)
         if self._ranks.main:
             self._publish(records)
         try:
             self.guards.judge(records, seconds / len(records), self._data_seconds / len(records))
+            bad_samples.check()
         except RunFault:
             self.saver.finish()  # all ranks are here, and what is in flight is from before the fault
             raise
