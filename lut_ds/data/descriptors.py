@@ -42,6 +42,14 @@ class Descriptors:
                 held.users -= 1
                 self._close_if_idle(held)
 
+    def forget(self, k: int) -> None:
+        """Close the descriptor of `k` once nobody uses it; the next use opens it anew."""
+        with self._lock:
+            held = self._held.pop(k, None)
+            if held is not None:
+                held.dropped = True
+                self._close_if_idle(held)
+
     def close(self) -> None:
         """Close all that are not in use now, and the others when they no longer are."""
         with self._lock:

@@ -63,6 +63,7 @@ class TarShards:
             with self._descriptors.use(shard) as fd:
                 data = read_at(fd, size + BLOCK, offset - BLOCK)
         except OSError as error:
+            self._descriptors.forget(shard)  # a network file system may have come back under another handle
             raise RunFault(f"data: {self.name(i)}: byte {offset}: cannot be read: {error.strerror or error}") from error
         if len(data) != size + BLOCK or data[156] not in _REGULAR or header_size(data) != size:
             raise RunFault(

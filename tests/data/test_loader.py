@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from lut_ds.data.loader import Batch, EvalLoader, PretrainLoader
+from lut_ds.data.order import BlockOrder
 from lut_ds.data.sources import ImageFolder
 from lut_ds.data.views import EVAL_VIEW, LUT_VIEW1, LUT_VIEW2, MAE_VIEW, apply_reference, eval_params
 from lut_ds.errors import UserError
@@ -96,6 +97,15 @@ def test_ranks_and_accumulation_change_nothing(
 ) -> None:
     """Position order over (micro-batch, rank) is the same sequence of samples, noise and pixels."""
     assert_same(run_all_ranks(photos, 0, 3, world_size, micro_batch=micro_batch), uninterrupted[:12])
+
+
+def test_an_order_by_blocks_is_as_exact(photos: Path) -> None:
+    """Ranks, accumulation and resuming change nothing, and the samples are another sequence than the global shuffle's."""
+    order = BlockOrder(42, 11, 4, 3)
+    expected = run(photos, 0, 3, order=order)
+    assert_same(run_all_ranks(photos, 0, 3, 2, micro_batch=2, order=order), expected)
+    assert_same(run(photos, 2, 3, order=order), expected[8:])
+    assert not np.array_equal(stacked(expected)[0], stacked(run(photos, 0, 3))[0])
 
 
 @pytest.mark.parametrize(("threads", "prefetch"), [(4, 1), (4, 3), (1, 1)])

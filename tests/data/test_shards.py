@@ -1,5 +1,6 @@
 """Tar shards as a source: WebDataset's samples and labels, many readers, few descriptors, and changed shards noticed."""
 
+import errno
 import json
 import os
 import tarfile
@@ -170,6 +171,29 @@ def test_a_descriptor_in_use_is_not_closed(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.pread(first, 9, 0)
     assert len(held) == 0
+
+
+def test_storage_that_comes_back_is_opened_anew(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network file system whose server restarted: every read through the old handle fails."""
+    source = TarShards.open(shards)
+    expected = source.read(0)
+    stale: set[int] = set()
+
+    def pread(fd: int, size: int, offset: int) -> bytes:
+        if not stale:
+            stale.add(fd)
+        if fd in stale:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return os_pread(fd, size, offset)
+
+    os_pread = os.pread
+    monkeypatch.setattr(os, "pread", pread)
+    with pytest.raises(RunFault, match=r"000\.tar:000000\.jpg: byte 512: cannot be read: Stale file handle"):
+        source.read(0)
+    held = os.open(shards / "000.tar", os.O_RDONLY)  # takes the number that became free
+    assert held in stale
+    assert source.read(0) == expected
+    os.close(held)
 
 
 def test_two_threads_open_the_same_shard_once(tmp_path: Path) -> None:
