@@ -90,3 +90,8 @@ def test_steps_that_cannot_move_the_teacher_do_not_count(values: dict[str, float
     movement.stuck(7)
     movement.count(records(1000, **values))
     assert movement.stuck(7) is None
+
+
+def test_memory_that_rises_once_and_stays_is_not_growth() -> None:
+    watch = GrowthWatch(0.2)
+    assert not any(watch.feed(flush, 1500 * MIB if flush > 50 else 1000 * MIB) for flush in range(200))
