@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from lut_ds.errors import UserError
 from lut_ds.method.degradations import make_degradation
 from lut_ds.method.masking import keep_count
+from lut_ds.method.posembed import Positions
 
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -52,6 +53,8 @@ class Model(Section):
     """Decoder blocks."""
     decoder_heads: Positive = 16
     """Decoder attention heads."""
+    positions: Positions = "sincos_2d"
+    """Fixed positions of encoder and decoder: `sincos_2d` (MAE, LUT), or `sinusoid_1d` over the raster index (Beyond Masking)."""
 
     @property
     def grid(self) -> int:

@@ -60,7 +60,12 @@ def run_demo(overrides: Sequence[str]) -> tuple[dict[str, Any], str]:
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("demo: expected one process, found WORLD_SIZE above 1; start it without a launcher")
-    recipe, folder, subject = _prepare(load_recipe("demo", overrides))
+    recipe = load_recipe("demo", overrides)
+    if recipe.method.degradation != "none":
+        raise UserError(
+            "method.degradation: the demo pictures masks only; train with `lut-ds pretrain demo`, data.path=DIR"
+        )
+    recipe, folder, subject = _prepare(recipe)
     train, val = (open_source(str(recipe.data.path), split) for split in ("train", "val"))
     if not train.classes or train.classes != val.classes:
         raise UserError(

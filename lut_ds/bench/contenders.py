@@ -33,7 +33,7 @@ def ours(recipe: Recipe, batch_size: int, how: Loading, device: torch.device, wo
     loader = PretrainLoader(
         source,
         view_specs(recipe),
-        image_size=recipe.model.image_size,
+        image_size=recipe.view_side,
         num_patches=recipe.model.patches,
         seed=recipe.run.seed,
         global_batch=batch_size,

@@ -18,7 +18,7 @@ from lut_ds.method.masking import keep_count
 def build_encoder(recipe: Recipe) -> Encoder:
     """The encoder alone, freshly initialised."""
     m = recipe.model
-    return Encoder(m.image_size, m.patch_size, m.width, m.depth, m.heads, m.mlp_ratio)
+    return Encoder(m.image_size, m.patch_size, m.width, m.depth, m.heads, m.mlp_ratio, positions=m.positions)
 
 
 def build_student(recipe: Recipe) -> MAE:
@@ -27,7 +27,8 @@ def build_student(recipe: Recipe) -> MAE:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.run.seed)
         encoder = build_encoder(recipe)
-        decoder = Decoder(m.width, m.grid, m.decoder_width, m.decoder_depth, m.decoder_heads, m.patch_dim, m.mlp_ratio)
+        blocks = (m.decoder_width, m.decoder_depth, m.decoder_heads)
+        decoder = Decoder(m.width, m.grid, *blocks, m.patch_dim, m.mlp_ratio, m.positions)
         if recipe.train.activation_checkpointing:
             encoder.grad_checkpointing = decoder.grad_checkpointing = True
         degradation = make_degradation(method.degradation, method.degradation_params)

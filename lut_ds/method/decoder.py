@@ -9,7 +9,7 @@ from timm.layers import LayerNorm
 from torch import Tensor, nn
 
 from lut_ds.method.encoder import init_weights, make_blocks, run_blocks
-from lut_ds.method.posembed import sincos_position_table
+from lut_ds.method.posembed import Positions, position_table
 
 
 class Decoder(nn.Module):
@@ -20,17 +20,26 @@ class Decoder(nn.Module):
         grid: patches along a side.
         width, depth, heads, mlp_ratio: of the decoder's blocks.
         patch_dim: P*P*3, size of a prediction.
+        positions: kind of the position table.
     """
 
     def __init__(
-        self, encoder_width: int, grid: int, width: int, depth: int, heads: int, patch_dim: int, mlp_ratio: float = 4.0
+        self,
+        encoder_width: int,
+        grid: int,
+        width: int,
+        depth: int,
+        heads: int,
+        patch_dim: int,
+        mlp_ratio: float = 4.0,
+        positions: Positions = "sincos_2d",
     ) -> None:
         super().__init__()
         self.pos_embed: Tensor
         self.grad_checkpointing = False
         self.embed = nn.Linear(encoder_width, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.register_buffer("pos_embed", sincos_position_table(width, grid))
+        self.register_buffer("pos_embed", position_table(positions, width, grid))
         self.blocks = make_blocks(width, depth, heads, mlp_ratio)
         self.norm = partial(LayerNorm, eps=1e-6)(width)
         self.pred = nn.Linear(width, patch_dim)

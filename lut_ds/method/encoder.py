@@ -10,7 +10,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lut_ds.method.posembed import sincos_position_table
+from lut_ds.method.posembed import Positions, position_table
 
 
 class PatchProjection(nn.Conv2d):
@@ -64,6 +64,7 @@ class Encoder(VisionTransformer):
         heads: int,
         mlp_ratio: float = 4.0,
         in_chans: int = 3,
+        positions: Positions = "sincos_2d",
     ) -> None:
         super().__init__(
             img_size=image_size,
@@ -80,7 +81,7 @@ class Encoder(VisionTransformer):
             weight_init="skip",
         )
         del self.pos_embed
-        self.register_buffer("pos_embed", sincos_position_table(width, image_size // patch_size))
+        self.register_buffer("pos_embed", position_table(positions, width, image_size // patch_size))
         init_weights(self)
 
     def forward(self, rows: Tensor, ids_keep: Tensor | None = None) -> Tensor:

@@ -1,8 +1,34 @@
-"""Fixed 2-D sine-cosine position tables and their interpolation to another grid."""
+"""Fixed sine-cosine position tables and their interpolation to another grid."""
+
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+Positions = Literal["sincos_2d", "sinusoid_1d"]
+
+
+def position_table(positions: Positions, width: int, grid: int) -> Tensor:
+    """The table of a kind: float32 [1, 1 + grid*grid, D], a zero row for the cls token first."""
+    return (sincos_position_table if positions == "sincos_2d" else sinusoid_position_table)(width, grid)
+
+
+def sinusoid_position_table(width: int, grid: int) -> Tensor:
+    """Position table over the raster index i, as in Beyond Masking: sin and cos of i * 10000^(-2k/D) interleaved.
+
+    A zero row for the cls token, which that method has not, comes first. Unlike the 2-D table it has no meaning on another grid.
+
+    Returns:
+        float32 [1, 1 + grid*grid, D], computed in float64.
+    """
+    if width % 2:
+        raise ValueError(f"width: expected a multiple of 2 for sinusoid positions, found {width}")
+    with torch.device("cpu"):
+        omega = 10000.0 ** -(torch.arange(0, width, 2, dtype=torch.float64) / width)
+        angle = torch.arange(grid * grid, dtype=torch.float64)[:, None] * omega
+        table = torch.stack([angle.sin(), angle.cos()], dim=2).flatten(1)
+        return torch.cat([torch.zeros(1, width, dtype=torch.float64), table]).float().unsqueeze(0)
 
 
 def sincos_position_table(width: int, grid: int) -> Tensor:

@@ -80,6 +80,11 @@ def test_a_launcher_is_refused(monkeypatch):
         run_demo([])
 
 
+def test_the_demo_refuses_what_it_cannot_picture():
+    with pytest.raises(UserError, match=r"method\.degradation.*pretrain"):
+        run_demo(["method.degradation=blurred"])
+
+
 @pytest.mark.slow
 def test_an_interrupted_demo_continues(demo, tmp_path):
     command = [sys.executable, "-m", "lut_ds", "demo", *TINY, "run.save_every=2"]

@@ -18,6 +18,7 @@ from lut_ds.method.degradations.distorted import Distorted, fish_eye
 from lut_ds.method.degradations.zoomed_in import ZoomedIn
 from lut_ds.method.degradations.zoomed_out import ZoomedOut, mirror_pad, mirror_sources
 from lut_ds.method.pixels import area_matrix, area_resize, normalised, patch_targets, redrawn, to_image, to_patches
+from lut_ds.method.posembed import position_table
 from tests.golden_data import GOLDEN_DIR, Golden, golden_files, load_golden
 
 LOSS = {"atol": 5e-6, "rtol": 0}
@@ -202,6 +203,17 @@ def test_golden_area_resize() -> None:
         with_gradient = area_resize(image.clone().requires_grad_(), side)  # the other of its two ways
         torch.testing.assert_close(with_gradient.detach(), expected, atol=1e-6, rtol=0)
         torch.testing.assert_close(area_matrix(image.shape[2], side, image).sum(1), torch.ones(side))
+
+
+def test_golden_sinusoid_positions() -> None:
+    golden = bm("sinusoid_1d")
+    assert golden.tensors
+    for name, expected in golden.tensors.items():
+        patches, width = (int(number) for number in name.removeprefix("pos.").split("x"))
+        table = position_table("sinusoid_1d", width, round(patches**0.5))
+        assert not table[0, 0].any()
+        # The reference takes sines of float64 angles, too: only the last step is fp32.
+        torch.testing.assert_close(table[0, 1:], expected, atol=1e-6, rtol=0)
 
 
 def test_golden_degradations_are_all_covered() -> None:

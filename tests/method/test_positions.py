@@ -7,7 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lut_ds.method.posembed import interpolate_positions, sincos_position_table
+from lut_ds.config import load_recipe
+from lut_ds.engine.build import build_student
+from lut_ds.method.posembed import interpolate_positions, position_table, sincos_position_table
 
 
 @settings(deadline=None, max_examples=40)
@@ -56,3 +58,21 @@ def test_interpolation_keeps_the_dtype() -> None:
 def test_a_table_that_is_not_square_is_refused() -> None:
     with pytest.raises(ValueError, match="table"):
         interpolate_positions(torch.zeros(1, 1 + 12, 8), 4)
+
+
+@settings(deadline=None, max_examples=30)
+@given(half=st.integers(1, 16), grid=st.integers(1, 9), data=st.data())
+def test_every_entry_of_the_sinusoid_is_the_formula(half: int, grid: int, data: st.DataObject) -> None:
+    table = position_table("sinusoid_1d", 2 * half, grid)
+    assert table.shape == (1, 1 + grid * grid, 2 * half)
+    index, k = data.draw(st.integers(0, grid * grid - 1)), data.draw(st.integers(0, half - 1))
+    angle = index * 10000.0 ** (-k / half)
+    pair = table[0, 1 + index, 2 * k : 2 * k + 2].tolist()
+    assert pair == pytest.approx([math.sin(angle), math.cos(angle)], abs=1e-6)
+
+
+def test_the_recipe_chooses_the_positions_of_encoder_and_decoder() -> None:
+    for positions in ("sincos_2d", "sinusoid_1d"):
+        student = build_student(load_recipe("demo", [f"model.positions={positions}"]))
+        for part, width in ((student.encoder, 96), (student.decoder, 64)):
+            assert torch.equal(part.pos_embed, position_table(positions, width, 6))
