@@ -225,6 +225,8 @@ class Run(Section):
     """Seed of initialisation, order, views and masks."""
     deterministic: bool = False
     """On a GPU, only kernels that repeat to the bit (slower; an operator that has none is an error). CPUs always repeat."""
+    warmup_checks: bool = True
+    """With several ranks, compare them before the first step: software, code, recipe, clocks, data, links (about a second)."""
     log_every: Positive = 10
     """Steps between writes of metrics (every step is recorded)."""
     save_every: Positive | None = None

@@ -56,8 +56,12 @@ def run_folder(recipe: Recipe, recipe_name: str) -> Path:
     return Path(recipe.run.dir) if recipe.run.dir else Path("runs") / Path(recipe_name).stem
 
 
-def open_run_folder(folder: Path, recipe: Recipe) -> TextIO:
+def open_run_folder(folder: Path, recipe: Recipe, notes: dict[str, Any] | None = None) -> TextIO:
     """Create the folder, or check that it holds a run of the same recipe; write the resolved recipe and environment.
+
+    Args:
+        folder, recipe: the run.
+        notes: further keys of this start's line in environment.jsonl.
 
     Returns:
         The folder's lock: it is ours until this is closed, or the process ends.
@@ -65,6 +69,27 @@ def open_run_folder(folder: Path, recipe: Recipe) -> TextIO:
     Raises:
         UserError: it holds something else, a run of another recipe (the first differing key is named), or a run that is
             going on.
+    """
+    check_run_folder(folder, recipe)
+    stored = folder / "recipe.yaml"
+    try:
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        lock = _claim(folder)
+        write_text_atomically(stored, yaml.safe_dump(json.loads(recipe.model_dump_json()), sort_keys=False))
+        with (folder / "environment.jsonl").open("a") as file:
+            file.write(json.dumps(environment() | (notes or {})) + "\n")
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise RunFault(f"run.dir: {folder}: disk full: {error}; free space and run again") from error
+        raise UserError(f"run.dir: {folder} cannot be written: {error}; name another folder") from error
+    return lock
+
+
+def check_run_folder(folder: Path, recipe: Recipe) -> None:
+    """Refuse a folder that holds something else or a run of another recipe; changes nothing.
+
+    Raises:
+        UserError: see `open_run_folder`.
     """
     stored = folder / "recipe.yaml"
     if stored.is_file():
@@ -74,17 +99,6 @@ def open_run_folder(folder: Path, recipe: Recipe) -> TextIO:
         raise UserError(
             f"run.dir: {folder} exists and is no run folder (it has no recipe.yaml); name a new or empty folder"
         )
-    try:
-        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        lock = _claim(folder)
-        write_text_atomically(stored, yaml.safe_dump(json.loads(recipe.model_dump_json()), sort_keys=False))
-        with (folder / "environment.jsonl").open("a") as file:
-            file.write(json.dumps(environment()) + "\n")
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise RunFault(f"run.dir: {folder}: disk full: {error}; free space and run again") from error
-        raise UserError(f"run.dir: {folder} cannot be written: {error}; name another folder") from error
-    return lock
 
 
 def _began(folder: Path) -> bool:
@@ -95,7 +109,7 @@ def _began(folder: Path) -> bool:
 
 def _strangers(folder: Path) -> bool:
     """Whether a folder without a recipe holds more than what opening it, cut short, leaves behind."""
-    ours = {"checkpoints", ".lock"}
+    ours = {"checkpoints", ".lock", "submit"}
     return _began(folder) or any(
         p.name not in ours and not p.name.startswith(".recipe.yaml.") for p in folder.iterdir()
     )

@@ -229,5 +229,16 @@ def split_batch(global_batch: int, micro_batch: int | None, world_size: int) -> 
     return micro, share // micro
 
 
+def check_batch_norm(recipe: Recipe, images: int) -> None:
+    """Refuse batch norm over one image, whose variance is 0; `images`: of a micro-batch over all ranks."""
+    method = recipe.method
+    hidden = max(method.projector_depth, method.predictor_depth) > 1
+    if method.name == "lut" and method.head_norm == "bn" and hidden and images < 2:
+        raise UserError(
+            "train.micro_batch: batch norm in the heads needs at least 2 images over all ranks, found 1; raise it, or set "
+            "method.head_norm=ln"
+        )
+
+
 def _largest_divisor(number: int, at_most: int) -> int:
     return max(d for d in range(1, at_most + 1) if number % d == 0)

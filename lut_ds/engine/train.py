@@ -2,11 +2,13 @@
 
 import itertools
 import os
+import platform
+import sys
 from collections.abc import Callable, Generator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,7 +24,8 @@ from lut_ds.engine.launch import Ranks, discover_ranks, process_group, rank_core
 from lut_ds.engine.runfolder import open_run_folder, run_folder
 from lut_ds.engine.schedules import ema_decay_at, lr_at, peak_lr
 from lut_ds.engine.signals import StopRequest, listen
-from lut_ds.engine.step import Trainer, Votes, split_batch
+from lut_ds.engine.step import Trainer, Votes, check_batch_norm, split_batch
+from lut_ds.engine.warmup import check_allocation, describe_cluster
 from lut_ds.engine.watch import Outcome, Watch
 from lut_ds.errors import RunFault, UserError
 from lut_ds.method.degradations import make_degradation
@@ -99,12 +102,12 @@ def pretrain(recipe: Recipe, recipe_name: str) -> Outcome:
     ranks = discover_ranks()
     _set_up_process(recipe, ranks)
     micro_batch, accumulation = split_batch(recipe.train.global_batch, recipe.train.micro_batch, ranks.world_size)
-    _check_batch_norm(recipe, micro_batch * ranks.world_size)
+    check_batch_norm(recipe, micro_batch * ranks.world_size)
     folder = run_folder(recipe, recipe_name)
     with process_group(ranks), listen() as stop, ExitStack() as opened:
-        source = _on_all(lambda: open_source(recipe))
-        _on_all(lambda: opened.enter_context(open_run_folder(folder, recipe)) if ranks.main else None)
-        _same_everywhere(len(source))
+        source = _on_all(lambda: open_source(recipe), name_rank=True)
+        notes = _warm_up(recipe, ranks, source)
+        _on_all(lambda: opened.enter_context(open_run_folder(folder, recipe, notes)) if ranks.main else None)
         loader = PretrainLoader(
             source,
             view_specs(recipe),
@@ -180,30 +183,38 @@ def _set_up_process(recipe: Recipe, ranks: Ranks) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
-def _check_batch_norm(recipe: Recipe, images: int) -> None:
-    """Refuse batch norm over one image: its variance is 0."""
-    method = recipe.method
-    hidden = max(method.projector_depth, method.predictor_depth) > 1
-    if method.name == "lut" and method.head_norm == "bn" and hidden and images < 2:
-        raise UserError(
-            "train.micro_batch: batch norm in the heads needs at least 2 images over all ranks, found 1; raise it, or set "
-            "method.head_norm=ln"
-        )
+def _on_all(action: Callable[[], T], name_rank: bool = False) -> T:
+    """Run `action` on every rank; the error of one is every rank's, so that none waits for the others.
 
-
-def _on_all(action: Callable[[], T]) -> T:
-    """Run `action` on every rank; the error of one is every rank's, so that none waits for the others."""
+    Args:
+        action: what to run.
+        name_rank: where only some ranks fail, the error says which: their node differs.
+    """
     result, problem = None, None
     try:
         result = action()
     except (UserError, RunFault) as error:
-        problem = (type(error), str(error))
-    problems: list[tuple[type[Exception], str] | None] = [None] * dist.get_world_size()
+        problem = (type(error), str(error), f"rank {dist.get_rank()} ({platform.node()})")
+    problems: list[tuple[type[Exception], str, str] | None] = [None] * dist.get_world_size()
     dist.all_gather_object(problems, problem)
-    first = next((p for p in problems if p is not None), None)
-    if first is not None:
-        raise first[0](first[1])
+    failed = [p for p in problems if p is not None]
+    if failed:
+        kind, text, who = failed[0]
+        raise kind(f"{text} [on {who}, not on all ranks]" if name_rank and len(failed) < len(problems) else text)
     return result  # type: ignore[return-value]  # no problem: the action returned
+
+
+def _warm_up(recipe: Recipe, ranks: Ranks, source: sources.Source) -> dict[str, Any]:
+    """Compare the ranks before the first step; what was found, for environment.jsonl."""
+    if ranks.world_size == 1:
+        return {}
+    if not recipe.run.warmup_checks:
+        _same_everywhere(len(source))
+        return {}
+    report = check_allocation(ranks, recipe, source)
+    if ranks.main:
+        print(describe_cluster(report), file=sys.stderr, flush=True)
+    return {"cluster": report}
 
 
 def _same_everywhere(images: int) -> None:
