@@ -6,11 +6,13 @@ checkpoint saved. A file here holds one group of sub-commands; `parser.py` what 
 """
 
 import argparse
+import contextlib
 import errno
 import json
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TextIO
 
 from lut_ds.cli import bench, evaluation, training
@@ -37,6 +39,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Read when torch loads: threads that wait must not keep a core that decoding, or another process, could use.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+    code, reason = _run(argv, rank)
+    # For launch/job.sh. Launchers hide it: torchrun ends with 1 whatever its ranks say, srun with the signal of a rank it ended.
+    note = os.environ.get("LUT_DS_EXIT_FILE")
+    if note and (rank == "0" or code == BAD_INPUT):
+        with contextlib.suppress(OSError):  # a full disk; without the note the launcher's code stands
+            Path(note).write_text(f"{code} {reason}\n")
+    return code
+
+
+def _run(argv: Sequence[str] | None, rank: str) -> tuple[int, str]:
+    """Run a command; returns the exit code, and what stopped it early if something did."""
     try:
         args = build_parser().parse(argv)
         results = _reserve_standard_output()
@@ -45,24 +58,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         result, text, code = args.function(args)
         if rank == "0":
             print(json.dumps(result) if args.json else text, file=results, flush=True)
-        return int(code)
+        return int(code), str(result.get("stopped_by") or "")
     except UserError as error:
         if rank == "0" or error.this_rank:
             print(f"lut-ds: {error}", file=sys.stderr)
-        return BAD_INPUT
+        return BAD_INPUT, ""
     except RunFault as error:
         print(f"lut-ds: {error}", file=sys.stderr)
-        return FAULT
+        return FAULT, ""
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         print(
             f"lut-ds: disk full: {error}; the last good checkpoint is intact, free space and run again", file=sys.stderr
         )
-        return FAULT
+        return FAULT, ""
     except KeyboardInterrupt:
         print("lut-ds: interrupted", file=sys.stderr)
-        return INTERRUPTED
+        return INTERRUPTED, ""
 
 
 def _reserve_standard_output() -> TextIO:

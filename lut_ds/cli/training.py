@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from dataclasses import fields
 
 from lut_ds.cli.parser import DONE, STOPPED, Answer, Commands, add_overrides, add_recipe, positive
 
@@ -35,10 +36,27 @@ def demo(args: argparse.Namespace) -> Answer:
 
 def doctor(args: argparse.Namespace) -> Answer:
     """What works on this machine, and what to do about what does not."""
+    if args.cluster:
+        from lut_ds.engine.warmup import describe_cluster, examine_cluster
+
+        cluster = examine_cluster()
+        return cluster, describe_cluster(cluster), DONE
     from lut_ds.doctor import describe_report, examine
 
     report = examine()
     return report, describe_report(report), DONE
+
+
+def submit(args: argparse.Namespace) -> Answer:
+    """Write a Slurm batch script for a recipe, check it, and submit it."""
+    environment = dict(os.environ)
+    os.environ["DS_ACCELERATOR"] = "cpu"  # of this process, which may be on a machine without a GPU; not of the job
+    from lut_ds.engine.submit import Resources, submit
+
+    given = {field.name: getattr(args, field.name) for field in fields(Resources)}
+    wanted = Resources(**{key: value for key, value in given.items() if value is not None})
+    result, text = submit(args.recipe, args.override, wanted, environment, args.sweep, args.dry_run)
+    return result, text, DONE
 
 
 def recipes(args: argparse.Namespace) -> Answer:
@@ -59,5 +77,34 @@ def add(commands: Commands) -> None:
     sub.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     sub.add_argument("--world-size", type=positive, help="ranks to plan for (with --dry-run)")
     add_overrides(commands.add(demo), "the demo recipe")
-    commands.add(doctor)
+    sub = commands.add(doctor)
+    sub.add_argument(
+        "--cluster", action="store_true", help="compare the ranks of a launcher: srun ... lut-ds doctor --cluster"
+    )
+    _add_submit(commands)
     commands.add(recipes)
+
+
+def _add_submit(commands: Commands) -> None:
+    sub = commands.add(submit)
+    add_recipe(sub)
+    sub.add_argument("--dry-run", action="store_true", help="print the script; write and submit nothing")
+    sub.add_argument("--nodes", type=positive, metavar="N", help="default 1")
+    sub.add_argument("--gpus-per-node", type=int, metavar="N", help="default 8; 0 trains on CPUs")
+    sub.add_argument("--ranks-per-node", type=positive, metavar="N", help="default: one a GPU, or one")
+    sub.add_argument("--cpus-per-task", type=positive, metavar="N", help="CPU cores of a rank")
+    for name in ("time", "partition", "account", "qos", "constraint", "job-name"):
+        sub.add_argument(f"--{name}", metavar="TEXT", help="as sbatch takes it")
+    sub.add_argument(
+        "--warn-seconds", type=positive, metavar="S", help="time to save in before the limit (default 180)"
+    )
+    sub.add_argument("--launcher", metavar="NAME", help="srun (default), torchrun, deepspeed or deepspeed-slurm")
+    sub.add_argument("--container", metavar="IMAGE", help="run in this image, with Enroot and Pyxis")
+    sub.add_argument(
+        "--setup", metavar="FILE", help="shell lines to run first: modules, NCCL settings (launch/network_*.sh)"
+    )
+    sub.add_argument("--data-on-nodes", action="store_true", help="data.path exists on the nodes only")
+    sub.add_argument("--sweep", metavar="FILE", help="a job array: a line of section.key=value words for each task")
+    sub.add_argument(
+        "--sbatch", dest="extra", action="append", metavar="OPTION", help="one more option of sbatch; may be repeated"
+    )
