@@ -1,0 +1,233 @@
+"""Real jobs on a real Slurm of two nodes with CPU ranks: submitted, warned, preempted, resized, crashed, cancelled."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lut_ds.tracking import read_metrics
+from tests.engine.launching import run_ranks
+from tests.engine.test_resume import command, curve, write_recipe
+from tests.launch.cluster import MISSING, WHY, Cluster
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.slurm,
+    pytest.mark.skipif(bool(MISSING), reason=WHY),
+    pytest.mark.xdist_group("slurm"),
+]
+STEPS = 80
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    made = Cluster(tmp_path_factory.mktemp("cluster"))
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def folder(cluster: Cluster, request: pytest.FixtureRequest) -> Path:
+    """A folder of the test, with a blank in its name, below the cluster's so that failures show its logs."""
+    path = cluster.folder / re.sub(r"\W+", " ", request.node.name)
+    path.mkdir()
+    return path
+
+
+def recipe_of(folder: Path, digits: Path, steps: int = STEPS) -> Path:
+    """A recipe of `steps` tiny steps into folder/run, metrics every 2, checkpoints every 40."""
+    path = write_recipe(folder, digits, folder / "run", deepspeed="zero1")
+    text = path.read_text().replace("max_steps: 14", f"max_steps: {steps}")
+    path.write_text(text.replace("save_every: 4", "save_every: 40"))
+    return path
+
+
+def submit(cluster: Cluster, recipe: Path, *options: object) -> int:
+    """Submit with one CPU rank a node; returns the job."""
+    done = cluster.lut_ds("submit", recipe, "--gpus-per-node", 0, "--cpus-per-task", 1, *options, "--json")
+    return int(json.loads(done.stdout)["job"])
+
+
+def starts(run: Path) -> list[dict[str, Any]]:
+    """What environment.jsonl says of each start."""
+    return [json.loads(line) for line in (run / "environment.jsonl").read_text().splitlines()]
+
+
+def same_samples(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
+    """Every step is there once, with the loss of the same samples."""
+    assert [record["step"] for record in found] == [record["step"] for record in expected]
+    for one, other in zip(found, expected, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5), one["step"]
+        assert one["lr"] == other["lr"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """The curve of two ranks that nothing interrupts."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    run_ranks(command(recipe_of(folder, digits)), 2)
+    return curve(folder / "run")
+
+
+@pytest.fixture(scope="module")
+def faulty(cluster: Cluster, digits: Path) -> tuple[int, Path]:
+    """A job whose interpreter cannot start, and its run folder; it restarts while other tests run."""
+    folder = cluster.folder / "faulty"
+    recipe, run = recipe_of(folder, digits), folder / "run"
+    done = cluster.lut_ds("submit", recipe, "--gpus-per-node", 0, "--dry-run", "--json")
+    script = folder / "job.sbatch"
+    script.write_text(re.sub(r"(?m)^python=.*$", "python=/bin/false", json.loads(done.stdout)["script"]))
+    (run / "submit").mkdir(parents=True)
+    return int(cluster.run("sbatch", "--parsable", script).stdout), run
+
+
+def test_preempted_twice_and_resized_sees_the_same_samples(
+    cluster: Cluster, digits: Path, folder: Path, undisturbed: list[dict[str, Any]]
+) -> None:
+    """Two nodes; an urgent job takes them, twice; then it is resized to one."""
+    recipe, run, done = recipe_of(folder, digits), folder / "run", 0
+    job = submit(cluster, recipe, "--nodes", 2, "--partition", "spare")
+    for preemption in (1, 2):
+        cluster.wait_for_steps(run, done + 10)
+        cluster.run("sbatch", "-p", "urgent", "-N2", "--exclusive", "-o", "/dev/null", "--wrap", "true")
+        cluster.wait_for(job, "PENDING")
+        assert done < len(curve(run)) < STEPS
+        done = len(curve(run))
+        if preemption == 2:
+            cluster.run("scontrol", "update", f"jobid={job}", "numnodes=1", "numtasks=1", "numcpus=1")
+    assert cluster.wait_for(job, "COMPLETED", "FAILED", "CANCELLED") == "COMPLETED", cluster.logs()
+    ranks = [start["cluster"]["hosts"] if "cluster" in start else [start["host"]] for start in starts(run)]
+    assert ranks == [["node1", "node2"], ["node1", "node2"], ["node1"]]
+    same_samples(curve(run), undisturbed)
+
+
+@pytest.mark.usefixtures("faulty")
+def test_a_warning_requeues_the_shipped_script_which_continues(
+    cluster: Cluster, digits: Path, folder: Path, undisturbed: list[dict[str, Any]]
+) -> None:
+    """The warning before the time limit, under torchrun, which dies of the signal and hides the ranks' exit code."""
+    recipe, run = recipe_of(folder, digits), folder / "run"
+    cpus = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1", "--time=10"]
+    arguments = [recipe, f"run.dir={run}"]
+    sbatch = ["sbatch", "--parsable", *cpus, f"--output={folder}/slurm-%j.out", "launch/many_nodes_a100.sbatch"]
+    job = int(cluster.run("env", f"python={command(recipe)[0]}", *sbatch, *arguments).stdout)
+    cluster.wait_for_steps(run, 20)
+    cluster.run("scancel", "--batch", "--signal=USR1", job)
+    cluster.wait_for(job, "PENDING")
+    stopped_at = len(curve(run))
+    assert 20 <= stopped_at < STEPS
+    assert (run / "checkpoints" / f"step_{stopped_at:08d}").is_dir()
+    assert cluster.wait_for(job, "COMPLETED", "FAILED") == "COMPLETED", cluster.logs()
+    assert len(starts(run)) == 2
+    assert curve(run) == undisturbed
+    log = (folder / f"slurm-{job}.out").read_text()
+    assert f"stopped with checkpoint 'step_{stopped_at:08d}'; requeued" in log
+    assert f"continuing {run} from step_{stopped_at:08d}" in log
+
+
+def test_a_node_without_power_requeues(
+    cluster: Cluster, digits: Path, folder: Path, undisturbed: list[dict[str, Any]]
+) -> None:
+    recipe, run = recipe_of(folder, digits), folder / "run"
+    job = submit(cluster, recipe, "--nodes", 2)
+    cluster.wait_for_steps(run, 42)
+    cluster.run("local-slurm-node", "crash", "node2")
+    cluster.run(
+        "scontrol", "update", "nodename=node2", "state=down", "reason=power"
+    )  # Slurm would find out in 10 to 40 s
+    cluster.wait_for(job, "PENDING")
+    cluster.run("local-slurm-node", "start", "node2")
+    assert cluster.wait_for(job, "COMPLETED", "FAILED") == "COMPLETED", cluster.logs()
+    assert curve(run) == undisturbed
+
+
+def test_a_cancelled_job_ends_and_leaves_no_process(cluster: Cluster, digits: Path, folder: Path) -> None:
+    recipe, run = recipe_of(folder, digits, steps=900), folder / "run"
+    job = submit(cluster, recipe, "--nodes", 2, "train.epochs=40")
+    cluster.wait_for_steps(run, 4)
+    assert cluster.processes(f"run.dir={run}")
+    cluster.run("scancel", job)
+    assert cluster.wait_for(job, "CANCELLED", "PENDING", "COMPLETED", "FAILED") == "CANCELLED"
+    cluster.until(
+        lambda: not cluster.run("squeue", "-h", "-j", job, check=False).stdout, 30, "the job to leave the queue"
+    )
+    cluster.until(lambda: not cluster.processes(f"run.dir={run}"), 30, "the ranks to end")
+    assert len(read_metrics(run / "metrics.jsonl")) < 900
+    assert cluster.field(job, "Restarts") == "0"
+
+
+def test_data_that_one_node_lacks_is_refused_and_not_requeued(cluster: Cluster, digits: Path, folder: Path) -> None:
+    """/dev/shm is each node's own. Exit 2 on the first start is the end."""
+    cluster.run("srun", "-N1", "-w", "node1", "cp", "-r", digits, "/dev/shm/digits")
+    recipe = recipe_of(folder, Path("/dev/shm/digits"))
+    job = submit(cluster, recipe, "--nodes", 2, "--data-on-nodes")
+    assert cluster.wait_for(job, "COMPLETED", "FAILED", "PENDING") != "COMPLETED"
+    assert cluster.wait_for(job, "FAILED") == "FAILED"
+    assert cluster.field(job, "ExitCode") == "2:0"
+    assert cluster.field(job, "Restarts") == "0"
+    log = (folder / "run" / "submit" / f"slurm-{job}.out").read_text()
+    assert "lut-ds: data.path: /dev/shm/digits" in log
+    assert "[on rank 1 (node2), not on all ranks]" in log
+    assert not (folder / "run" / "recipe.yaml").exists()
+
+
+def test_doctor_compares_the_nodes(cluster: Cluster) -> None:
+    """Also what srun alone makes of its tasks."""
+    doctor = [command(Path())[0], "-m", "lut_ds", "doctor", "--cluster", "--json"]
+    done = cluster.run("env", "DS_ACCELERATOR=cpu", "srun", "-N2", "--ntasks-per-node=1", *doctor)
+    report = json.loads(done.stdout)
+    assert report["hosts"] == ["node1", "node2"]
+    assert [link["kind"] for link in report["links"]] == ["between", "between"]
+    assert report["clock_skew_s"] < 0.5
+
+
+def test_a_fault_is_tried_again_a_few_times(cluster: Cluster, faulty: tuple[int, Path]) -> None:
+    """Three faults without a checkpoint in between, then no more."""
+    job, run = faulty
+    cluster.wait_for(job, "FAILED")
+    assert cluster.field(job, "Restarts") == "2"
+    assert "fault 3 in a row at checkpoint ''; not requeued" in (run / "submit" / f"slurm-{job}.out").read_text()
+
+
+def test_a_sweep_is_a_job_array(cluster: Cluster, digits: Path, folder: Path) -> None:
+    recipe = recipe_of(folder, digits, steps=4)
+    (folder / "sweep").write_text("# two learning rates\noptim.blr=1e-3\n\noptim.blr=1e-4  run.seed=4\n")
+    job = submit(cluster, recipe, "--sweep", folder / "sweep")
+    for task, rate in enumerate((1e-3, 1e-4)):
+        assert cluster.wait_for(f"{job}_{task}", "COMPLETED", "FAILED") == "COMPLETED", cluster.logs()
+        run = folder / "run" / f"{task:03d}"
+        assert len(curve(run)) == 4
+        assert f"blr: {rate}" in (run / "recipe.yaml").read_text()
+
+
+@pytest.mark.parametrize("launcher", ["deepspeed", "deepspeed-slurm"])
+def test_the_deepspeed_launcher(
+    cluster: Cluster, digits: Path, folder: Path, undisturbed: list[dict[str, Any]], launcher: str
+) -> None:
+    recipe, run = recipe_of(folder, digits, steps=4), folder / "run"
+    job = submit(cluster, recipe, "--nodes", 2, "--launcher", launcher)
+    assert cluster.wait_for(job, "COMPLETED", "FAILED") == "COMPLETED", cluster.logs()
+    assert starts(run)[0]["cluster"]["hosts"] == ["node1", "node2"]
+    assert curve(run) == undisturbed[:4]
+
+
+@pytest.mark.parametrize(
+    "option, why",
+    [
+        (["--partition", "nowhere"], "invalid partition specified: nowhere"),
+        (["--time", "soon"], "Invalid --time specification"),
+    ],
+)
+def test_what_sbatch_refuses_is_one_line(
+    cluster: Cluster, digits: Path, folder: Path, option: list[object], why: str
+) -> None:
+    recipe = recipe_of(folder, digits)
+    done = cluster.lut_ds("submit", recipe, "--gpus-per-node", 0, *option, check=False)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("lut-ds: submit: sbatch refused ")
+    assert why in line
