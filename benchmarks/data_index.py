@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lut_ds.data.index import Kind
 from lut_ds.data.index_writer import IndexWriter
 
 READER = """
@@ -31,18 +32,14 @@ before, began = memory(), time.perf_counter()
 index = SampleIndex(sys.argv[1])
 opened = time.perf_counter() - began
 opened_memory = memory()
-picks = np.random.default_rng(int(sys.argv[2])).integers(0, len(index), 200_000).tolist()
+total = int(index.labels().sum(dtype=np.int64))  # touches every record
+picks = np.random.default_rng(int(sys.argv[2])).integers(0, len(index), 100_000).tolist()
 began = time.perf_counter()
 for i in picks:
     index.place(i)
 places = (time.perf_counter() - began) / len(picks)
-began = time.perf_counter()
-for i in picks:
-    index.entry(i)
-entries = (time.perf_counter() - began) / len(picks)
-total = int(index.labels().sum(dtype=np.int64))  # touches every record
-print(json.dumps({"open_s": opened, "place_us": places * 1e6, "entry_us": entries * 1e6, "before": before,
-    "opened": opened_memory, "all_records_touched": memory(), "labels": total}), flush=True)
+print(json.dumps({"open_s": opened, "place_us": places * 1e6, "before_mb": before, "opened_mb": opened_memory,
+    "all_records_touched_mb": memory(), "labels": total}), flush=True)
 sys.stdin.read()  # the map stays while the others are measured
 """
 
@@ -57,10 +54,10 @@ print(time.perf_counter() - began)
 """
 
 
-def write(path: Path, samples: int) -> float:
+def write(path: Path, kind: Kind, samples: int) -> float:
     """Write `samples` of 100 kB each, 10,000 a shard; returns seconds."""
     began, per_shard = time.perf_counter(), 10_000
-    with IndexWriter(path, "tar") as writer:
+    with IndexWriter(path, kind) as writer:
         for start in range(0, samples, per_shard):
             count = min(per_shard, samples - start)
             shard = writer.add_shard(f"{start // per_shard:06d}.tar", count * 102_400, time.time_ns())
@@ -71,17 +68,18 @@ def write(path: Path, samples: int) -> float:
     return time.perf_counter() - began
 
 
-def read(path: Path, ranks: int) -> list[dict[str, object]]:
-    """What each of `ranks` processes measures while all of them hold the index."""
+def read(path: Path, ranks: int) -> dict[str, object]:
+    """What each of `ranks` processes measures, and what the page cache holds while all of them hold the index."""
     command = [sys.executable, "-c", READER, str(path)]
     running = [
         subprocess.Popen([*command, str(rank)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         for rank in range(ranks)
     ]
     rows = [json.loads(process.stdout.readline()) for process in running if process.stdout]
+    found = {"ranks": rows, "page_cache_mb_all_records_touched": resident(path)}
     for process in running:
         process.communicate()
-    return rows
+    return found
 
 
 def resident(path: Path) -> float:
@@ -107,24 +105,21 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=100_000_000)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        path = Path(folder) / "index.lut"
-        written = write(path, args.samples)
-        size = path.stat().st_size
-        cold_s, cold_mb = cold(path), resident(path)
-        rows = read(path, 4)
-        result = {
-            "command": "python benchmarks/data_index.py " + " ".join(sys.argv[1:]),
-            "samples": args.samples,
-            "file_gb": size / 1e9,
-            "write_s": written,
-            "open_cold_s": cold_s,
-            "page_cache_mb_after_cold_open": cold_mb,
-            "page_cache_mb_after_all_records": resident(path),
-            "ranks": rows,
-            "hardware": f"{os.cpu_count()} cores shared with other work, {platform.machine()}",
-            "versions": {"numpy": np.__version__, "python": platform.python_version()},
-        }
+    kinds = {}
+    for kind in ("tar", "files"):
+        with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+            path = Path(folder) / "index.lut"
+            written = write(path, kind, args.samples)
+            kinds[kind] = {"file_gb": path.stat().st_size / 1e9, "write_s": written}
+            kinds[kind] |= {"open_cold_s": cold(path), "page_cache_mb_after_cold_open": resident(path)}
+            kinds[kind] |= read(path, 4)
+    result = {
+        "command": f"python benchmarks/data_index.py --samples {args.samples}",
+        "samples": args.samples,
+        **kinds,
+        "hardware": f"{os.cpu_count()} cores shared with other work, {platform.machine()}",
+        "versions": {"numpy": np.__version__, "python": platform.python_version()},
+    }
     Path(__file__).with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2))
 
