@@ -1,0 +1,100 @@
+"""The examination of samples: each is read, hashed, and decoded as training would decode it."""
+
+import hashlib
+import os
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from lut_ds.data.decoding import Decoder
+from lut_ds.data.headers import Header, content_name, read_header
+from lut_ds.data.records import RECORD, Details, State
+from lut_ds.data.sources import Source
+from lut_ds.data.validity import FORMATS, LONGEST, image_hw, undecodable
+from lut_ds.errors import RunFault
+
+
+class _Unusable(Exception):
+    def __init__(self, state: State, detail: str) -> None:
+        super().__init__(detail)
+        self.state = state
+
+
+class Inspector:
+    """Examines chunks of samples of one source; made inside a worker process.
+
+    Args:
+        source: what is examined.
+        min_side: pixels; an image whose shorter side is below it is too small.
+    """
+
+    def __init__(self, source: Source, min_side: int = 1) -> None:
+        self._source, self._min_side, self._decode = source, min_side, Decoder()
+        Image.MAX_IMAGE_PIXELS = None  # `image_hw` has a limit of its own, and a warning for each file helps nobody
+
+    def __call__(self, samples: NDArray[np.int64]) -> Details:
+        """Examine int64 `samples` [m]."""
+        records, said = np.zeros(len(samples), RECORD), {}
+        for record, sample in zip(records, samples.tolist()):
+            try:
+                self._examine(sample, record)
+                record["state"] = State.USABLE
+            except _Unusable as reason:
+                record["state"] = reason.state
+                said[sample] = str(reason)
+        return Details(records, said)
+
+    def _examine(self, sample: int, record: np.void) -> None:
+        name = self._source.name(sample)
+        data = self._read(sample, name)
+        record["bytes"] = len(data)
+        record["digest"] = np.frombuffer(hashlib.sha256(data).digest(), "<u8", 2)
+        if not data:
+            raise _Unusable(State.EMPTY, "no bytes")
+        header = read_header(data, name)
+        if header is not None:
+            record["format"], record["notes"] = header.format, header.notes
+            record["width"], record["height"] = header.width, header.height
+        self._check(data, name, header)
+
+    def _read(self, sample: int, name: str) -> bytes:
+        try:
+            return self._source.read(sample)
+        except RunFault as fault:
+            if not isinstance(fault.__cause__, FileNotFoundError):
+                raise _Unusable(State.UNREADABLE, str(fault.__cause__ or fault)) from fault
+            link = os.path.islink(name)
+            found = f"a link to {os.readlink(name)}, which does not exist" if link else "no such file"
+            raise _Unusable(State.MISSING, found) from fault
+
+    def _check(self, data: bytes, name: str, header: Header | None) -> None:
+        """Raise _Unusable for what training would not use, decoding included."""
+        try:
+            size = image_hw(data, name)
+        except RunFault as fault:
+            raise _Unusable(*_refused(data, header, fault)) from fault
+        if min(size) < self._min_side:
+            raise _Unusable(State.TOO_SMALL, f"{size[1]}x{size[0]} pixels, a side is below {self._min_side}")
+        if not self._decodes(data, size):
+            why = next(undecodable([data], [size], None))  # once more, for the words
+            raise _Unusable(State.UNDECODABLE, why or "does not decode every time")
+
+    def _decodes(self, data: bytes, size: tuple[int, int]) -> bool:
+        try:
+            return self._decode(data).shape == (*size, 3)
+        except RuntimeError:
+            return False
+
+
+def _refused(data: bytes, header: Header | None, fault: RunFault) -> tuple[State, str]:
+    """Why a header is refused, and the detail."""
+    if header is None:
+        what = content_name(data)
+        if what is None or what in ("HTML", "XML", "PDF", "gzip", "zip"):
+            return State.NOT_AN_IMAGE, f"looks like {what}" if what else f"starts with {data[:8]!r}"
+        return State.UNSUPPORTED_FORMAT, f"{what}; expected one of {', '.join(FORMATS)}"
+    size = f"{header.width}x{header.height} pixels"
+    if max(header.width, header.height) > LONGEST * min(header.width, header.height):
+        return State.TOO_NARROW, f"{size}, one side is over {LONGEST} times the other"
+    return State.TOO_LARGE, size
