@@ -2,9 +2,10 @@
 
 import argparse
 import os
+import re
 from pathlib import Path
 
-from lut_ds.cli.parser import BAD_INPUT, DONE, STOPPED, Answer, Commands, Parser, positive
+from lut_ds.cli.parser import BAD_INPUT, DONE, STOPPED, Answer, Commands, Parser, add_recipe, positive
 
 
 def verify(args: argparse.Namespace) -> Answer:
@@ -28,6 +29,57 @@ def verify(args: argparse.Namespace) -> Answer:
     return summary, describe(summary), code
 
 
+def pack(args: argparse.Namespace) -> Answer:
+    """Write an image folder, or any other source, as shuffled tar shards."""
+    from lut_ds.data.pack import Options, describe, pack
+    from lut_ds.engine.signals import listen
+
+    options = Options(args.seed, args.shard_size, args.samples_per_shard, args.shorter_side, args.quality)
+    with listen() as stop:
+        result = pack(
+            args.path, args.out, options, split=args.split, workers=args.workers, stopped=lambda: stop.requested
+        )
+    return result, describe(result), DONE if result["complete"] else STOPPED
+
+
+def index(args: argparse.Namespace) -> Answer:
+    """Write the index of tar shards, of an image folder or of a list, or check it."""
+    from lut_ds.data.indexing import check, export_idx, index
+
+    if args.check:
+        problems, text = check(args.path, args.split, args.workers)
+        return {"path": args.path, "problems": problems}, text, BAD_INPUT if problems else DONE
+    if args.wds2idx:
+        return *export_idx(args.path, args.split), DONE
+    return *index(args.path, args.output, args.split, args.workers), DONE
+
+
+def stats(args: argparse.Namespace) -> Answer:
+    """Classes, sizes, formats, bytes, and what decoding will cost."""
+    from lut_ds.data.stats import describe, survey
+
+    statistics, raw = survey(args.path, args.sample, args.workers)
+    text = describe(statistics)
+    if args.out is not None:
+        from lut_ds.analysis.data_stats import write_histograms
+
+        written = [
+            path for split, (found, counts) in raw.items() for path in write_histograms(args.out, split, found, counts)
+        ]
+        statistics["histograms"] = [str(path) for path in written]
+        text += "\n" + "\n".join(f"wrote {path}" for path in written)
+    return statistics, text, DONE
+
+
+def show(args: argparse.Namespace) -> Answer:
+    """Draw what the model will see: views, their masks, and what is to be predicted."""
+    from lut_ds.analysis.contact_sheet import show_views
+    from lut_ds.config import load_recipe
+
+    shown = show_views(load_recipe(args.recipe, args.override), args.count, args.output)
+    return shown, f"wrote {shown['image']}: {len(shown['samples'])} samples", DONE
+
+
 def add(commands: Commands) -> None:
     """Add this group's sub-commands."""
     group = commands.group("data", "check, index, pack and look at training data")
@@ -38,6 +90,60 @@ def add(commands: Commands) -> None:
     sub.add_argument("--min-side", type=positive, default=1, metavar="PIXELS", help="quarantine images below it")
     sub.add_argument("--drop-duplicates", action="store_true", help="quarantine all but one of byte-identical files")
     sub.add_argument("--strict", action="store_true", help="exit code 2 when anything is quarantined")
+    _add_pack(group)
+    sub = group.add(index)
+    sub.add_argument("path", help="shards, an image folder, or a list of files")
+    sub.add_argument("-o", "--output", type=Path, metavar="FILE", help="index file (default: index.lut in the folder)")
+    what = sub.add_mutually_exclusive_group()
+    what.add_argument(
+        "--check", action="store_true", help="compare the index with the data; exit code 2 if they differ"
+    )
+    what.add_argument("--wds2idx", action="store_true", help="write an .idx file beside each shard, as wds2idx does")
+    _add_split(sub)
+    _add_workers(sub)
+    sub = group.add(stats)
+    sub.add_argument("path", help="what data.path would be")
+    sub.add_argument("--sample", type=positive, metavar="N", help="measure so many of each split, drawn at random")
+    sub.add_argument("--out", type=Path, metavar="DIR", help="folder for histograms as PNG")
+    _add_workers(sub)
+    sub = group.add(show)
+    add_recipe(sub)
+    sub.add_argument("-n", "--count", type=positive, default=16, help="samples (default: 16)")
+    sub.add_argument("-o", "--output", type=Path, default=Path("sheet.png"), metavar="PNG", help="default: sheet.png")
+
+
+def _add_pack(group: Commands) -> None:
+    sub = group.add(pack)
+    sub.add_argument("path", help="what data.path would be: an image folder, shards, an index or a list")
+    sub.add_argument("out", type=Path, help="folder for the shards")
+    size = sub.add_mutually_exclusive_group()
+    size.add_argument("--shard-size", type=_bytes, default=10**9, metavar="BYTES", help="about, such as 1GB (default)")
+    size.add_argument("--samples-per-shard", type=positive, metavar="N")
+    sub.add_argument("--seed", type=int, default=0, help="of the shuffle (default: 0)")
+    sub.add_argument("--shorter-side", type=positive, metavar="PIXELS", help="make larger images smaller")
+    sub.add_argument("--quality", type=_quality, metavar="1-100", help="of the JPEGs that are written (95)")
+    _add_split(sub)
+    _add_workers(sub)
+
+
+def _add_split(sub: Parser) -> None:
+    sub.add_argument("--split", choices=("train", "val"), default="train", help="of a folder that has both")
+
+
+def _bytes(text: str) -> int:
+    """A number of bytes: 500000, 300MB, 1GB, 1GiB."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kMGT])(i?))?B?", text)
+    if match is None:
+        raise ValueError
+    size = float(match[1]) * (1024 if match[3] else 1000) ** (" kMGT".index(match[2] or " "))
+    return positive(str(int(size)))
+
+
+def _quality(text: str) -> int:
+    value = positive(text)
+    if value > 100:
+        raise ValueError
+    return value
 
 
 def _add_workers(sub: Parser) -> None:

@@ -32,7 +32,9 @@ def _copy(index: SampleIndex, path: Path, keep: NDArray[np.bool_]) -> None:
     with IndexWriter(path, index.kind, index.root.absolute()) as writer:
         for k in range(index.shard_count):
             shard = index.shard(k)
-            whole = (shard.size, shard.mtime_ns) if index.kind == "tar" else (-1, -1)  # a folder holds more than is kept
+            whole = (
+                (shard.size, shard.mtime_ns) if index.kind == "tar" else (-1, -1)
+            )  # a folder holds more than is kept
             writer.add_shard(index.shard_name(k), *whole)
         for i in np.flatnonzero(keep).tolist():
             offset, size, label, shard_number = index.place(i)

@@ -1,5 +1,6 @@
 """The splits of a data set, and how worker processes open them."""
 
+import hashlib
 import os
 from collections.abc import Callable
 from functools import partial
@@ -15,6 +16,7 @@ from lut_ds.data.sources import Source, open_source
 from lut_ds.errors import UserError
 
 SPLITS: tuple[Literal["train", "val"], ...] = ("train", "val")
+_NAMES = 1 << 20  # at most so many names go into a fingerprint
 
 
 class Part(NamedTuple):
@@ -43,6 +45,14 @@ def open_parts(path: str) -> list[Part]:
     if not first:
         raise UserError(f"{path}: expected samples, found none; check the path")
     return parts
+
+
+def fingerprint(source: Source) -> str:
+    """A digest of the number of samples and their names (of large sources every so manyth): does it hold the same samples?"""
+    digest = hashlib.sha256(str(len(source)).encode())
+    for i in range(0, len(source), 1 + len(source) // _NAMES):
+        digest.update(b"\0" + os.fsencode(source.name(i)))
+    return digest.hexdigest()
 
 
 def opener(path: str, part: Part, listing: Path) -> Callable[[], Source]:

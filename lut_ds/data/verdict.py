@@ -1,9 +1,7 @@
 """The results of a verification: which samples stay, which go and why, and what is odd about the rest."""
 
-import json
-import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ from numpy.typing import NDArray
 
 from lut_ds.data.clean import write_subset
 from lut_ds.data.index import INDEX_NAME
+from lut_ds.data.outputs import write_lines
 from lut_ds.data.parts import Part
 from lut_ds.data.records import MEANINGS, Note, State
 from lut_ds.data.structure import Finding, different_classes, empty_classes, ignored_files
@@ -110,12 +109,3 @@ def duplicates(records: NDArray[np.void]) -> dict[int, int]:
     firsts = np.maximum.accumulate(np.where(same, 0, np.arange(len(order))))
     copies = {int(usable[order[k]]): int(usable[order[firsts[k]]]) for k in np.flatnonzero(same)}
     return dict(sorted(copies.items()))
-
-
-def write_lines(path: Path, objects: Iterable[Mapping[str, Any]], indent: int | None = None) -> None:
-    """Write JSON objects, a line each unless indented, whole or not at all."""
-    aside = path.with_name(f".{path.name}.partial")
-    with aside.open("w") as file:
-        for item in objects:
-            file.write(json.dumps(item, indent=indent) + "\n")
-    os.replace(aside, path)

@@ -4,7 +4,6 @@ Writes `clean/` (an index of the usable samples: a data.path), `quarantine.jsonl
 `findings.jsonl` (what is odd but can be used, and oddities of the folders) and `summary.json`.
 """
 
-import hashlib
 import os
 import time
 from collections.abc import Callable
@@ -16,18 +15,18 @@ import numpy as np
 
 from lut_ds.data import journal as journals
 from lut_ds.data.journal import Journal
-from lut_ds.data.parts import Part, open_parts, opener
+from lut_ds.data.outputs import write_lines
+from lut_ds.data.parts import Part, fingerprint, open_parts, opener
 from lut_ds.data.progress import progress_bar
 from lut_ds.data.records import Details, State
 from lut_ds.data.sources import Source
-from lut_ds.data.verdict import CLEAN, FINDINGS, OUTPUTS, QUARANTINE, SUMMARY, Verdict, write_lines
+from lut_ds.data.verdict import CLEAN, FINDINGS, OUTPUTS, QUARANTINE, SUMMARY, Verdict
 from lut_ds.data.workers import Crash, Crew, Work
 from lut_ds.errors import UserError
 
 LOG = "decoder.log"
 INSPECTION = "lut_ds.data.inspection"  # imports torch and DALI, which this process has no use for
 _CHUNK = 32  # samples a task: small enough to lose little, large enough that handing out costs nothing
-_NAMES = 1 << 20  # at most so many names go into the fingerprint of a source
 
 
 def verify(
@@ -100,13 +99,9 @@ def _refuse_foreign(out: Path) -> None:
 
 
 def _identity(path: str, parts: list[Part], min_side: int) -> dict[str, Any]:
-    """What is examined and how: counts, names (of large sources every so manyth), limits."""
-    digest = hashlib.sha256()
-    for part in parts:
-        for i in range(0, len(part.source), 1 + len(part.source) // _NAMES):
-            digest.update(os.fsencode(part.source.name(i)) + b"\0")
-    counts = {part.split: len(part.source) for part in parts}
-    return {"path": os.path.abspath(path), "counts": counts, "names": digest.hexdigest(), "min_side": min_side}
+    """What is examined and how."""
+    names = {part.split: fingerprint(part.source) for part in parts}
+    return {"path": os.path.abspath(path), "names": names, "min_side": min_side}
 
 
 def _examine(

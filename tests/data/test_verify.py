@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from lut_ds.data.sources import open_source
-from lut_ds.data.stream import image_hw
+from lut_ds.data.validity import image_hw
 from lut_ds.data.verify import verify
 from lut_ds.errors import UserError
 from tests.data.images import encode, photo, write_folder
