@@ -19,13 +19,15 @@ from lut_ds.analysis.figures import LIGHT, write_aside
 from lut_ds.analysis.reconstruct import HIDDEN_GRAY, paste_patches
 from lut_ds.config import Recipe
 from lut_ds.data.loader import Batch, PretrainLoader
+from lut_ds.data.order import Order
 from lut_ds.data.pipeline import decode_one
 from lut_ds.data.sources import Source
 from lut_ds.data.validity import image_hw
 from lut_ds.data.views import BLUR, BRIGHTNESS, GRAY, HUE, SOLARIZE, ViewParams, view_params
-from lut_ds.engine.train import loading, open_source, view_specs
-from lut_ds.method.lut import IMAGENET_MEAN, IMAGENET_STD
+from lut_ds.engine.train import draws_per_sample, loading, open_source, sample_order, view_specs
+from lut_ds.method.degradations import make_degradation
 from lut_ds.method.masking import Masking, disjoint_masks
+from lut_ds.method.pixels import IMAGENET_MEAN, IMAGENET_STD, normalised, unit_range
 
 _TILE = 192  # pixels at least: smaller views are enlarged a whole number of times
 _GAP, _MARGIN, _LINE = 8, 20, 18  # pixels
@@ -53,9 +55,10 @@ def show_views(recipe: Recipe, count: int, path: Path) -> dict[str, Any]:
     """
     source = open_source(recipe)
     count = min(count, len(source))
-    batch = _first_batch(recipe, source, count)
+    order = sample_order(recipe, len(source))
+    batch = _first_batch(recipe, source, order, count)
     masking = disjoint_masks(batch.noise, recipe.method.mask_ratio, recipe.method.views)
-    rows = _rows(recipe, source, batch, masking)
+    rows = _rows(recipe, source, order.samples(0, np.arange(count)), batch, masking)
     visible = masking.ids_keep[0].shape[1]
     write_aside(path, _png(draw_sheet(rows, _heading(recipe, len(source), visible))))
     return {
@@ -67,14 +70,15 @@ def show_views(recipe: Recipe, count: int, path: Path) -> dict[str, Any]:
     }
 
 
-def _first_batch(recipe: Recipe, source: Source, count: int) -> Batch:
+def _first_batch(recipe: Recipe, source: Source, order: Order, count: int) -> Batch:
     """The first `count` positions of the order; sample, view and mask do not depend on the batch that they come in."""
     cpu = torch.device("cpu")
     loader = PretrainLoader(
         source,
         view_specs(recipe),
-        image_size=recipe.model.image_size,
+        image_size=recipe.view_side,
         num_patches=recipe.model.patches,
+        num_draws=draws_per_sample(recipe),
         seed=recipe.run.seed,
         global_batch=count,
         micro_batch=count,
@@ -82,24 +86,28 @@ def _first_batch(recipe: Recipe, source: Source, count: int) -> Batch:
         world_size=1,
         device=cpu,
         **vars(loading(recipe, cpu)),
+        order=order,
     )
     with loader:
         return next(loader.batches(0, 1))
 
 
-def _rows(recipe: Recipe, source: Source, batch: Batch, masking: Masking) -> list[Row]:
+def _rows(recipe: Recipe, source: Source, drawn: NDArray[np.int64], batch: Batch, masking: Masking) -> list[Row]:
+    """One row a sample of the batch; the views of a bad sample's replacement are those of the int64 `drawn` [b] one."""
     encoded = [source.read(sample) for sample in batch.samples.tolist()]
     sizes = np.array([image_hw(data, "") for data in encoded], np.int32)
+    count, side = len(encoded), recipe.model.patch_size
     titles = ["view"] if len(batch.views) == 1 else [f"view {i + 1}" for i in range(len(batch.views))]
     columns: list[tuple[str, Tensor, list[str]]] = []
-    for i, (title, view, spec) in enumerate(zip(titles, batch.views, view_specs(recipe))):
-        params = view_params(spec, recipe.model.image_size, recipe.run.seed, 0, batch.samples, i, sizes)
-        seen = visible_patches(view, masking, i, recipe.model.patch_size)
-        columns.append((title, view, [describe_view(params.row(k), recipe.model.image_size) for k in range(len(view))]))
-        columns.append((f"{title}: what the encoder sees", seen, [""] * len(view)))
-    target = prediction_target(batch.views[0], masking, recipe.model.patch_size, recipe.method.norm_pix)
-    said = "of view 1; each patch normalised" if recipe.method.norm_pix else "of view 1"
-    columns.append(("to be predicted", target, [said if len(titles) > 1 else said[10:]] * len(target)))
+    for i, (spec, view, shown) in enumerate(zip(view_specs(recipe), batch.views, degraded(recipe, batch))):
+        params = view_params(spec, recipe.view_side, recipe.run.seed, 0, drawn, i, sizes)
+        columns.append((titles[i], view, [describe_view(params.row(k), recipe.view_side) for k in range(count)]))
+        seen = visible_patches(shown, masking, i, side)
+        columns.append((f"{titles[i]}: what the encoder sees", seen, [""] * count))
+    if recipe.method.degradation == "none":
+        target = prediction_target(batch.views[0], masking, side, recipe.method.norm_pix)
+        said = "normalised patch by patch" if recipe.method.norm_pix else ""
+        columns.append(("to be predicted" + (" of view 1" if len(titles) > 1 else ""), target, [said] * count))
     rows = []
     for k, sample in enumerate(batch.samples.tolist()):
         original = ("original", decode_one(encoded[k]), f"{sizes[k][1]} x {sizes[k][0]} pixels{_class(source, sample)}")
@@ -108,9 +116,22 @@ def _rows(recipe: Recipe, source: Source, batch: Batch, masking: Masking) -> lis
     return rows
 
 
+def degraded(recipe: Recipe, batch: Batch) -> list[Tensor]:
+    """The views as the encoder gets them, before masking: uint8 [B, S, S, 3] each."""
+    degradation = make_degradation(recipe.method.degradation, recipe.method.degradation_params)
+    if degradation is None:
+        return batch.views
+    draws = torch.empty(len(batch.samples), 0) if batch.draws is None else batch.draws
+    shares = draws.chunk(len(batch.views), dim=1) if draws.shape[1] else [draws] * len(batch.views)
+    size = recipe.model.image_size
+    changed = [degradation.degrade(normalised(view), share, size) for view, share in zip(batch.views, shares)]
+    return [(unit_range(view) * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1) for view in changed]
+
+
 def visible_patches(pixels: Tensor, masking: Masking, view: int, side: int) -> Tensor:
     """uint8 `pixels` [B, S, S, 3] with all patches gray that the encoder of view `view` does not get."""
     hidden = masking.mask(view).bool().nonzero()[:, 1].view(len(pixels), -1)
+    pixels = pixels.contiguous()
     gray = torch.full((*hidden.shape, side, side, 3), HIDDEN_GRAY, dtype=torch.uint8)
     return paste_patches(pixels, hidden, gray)
 
@@ -151,7 +172,7 @@ def describe_view(p: ViewParams, image_size: int) -> str:
 
 def draw_sheet(rows: Sequence[Row], heading: Sequence[str]) -> Image.Image:
     """The contact sheet: a row a sample, the name above its pictures; pictures keep their pixels, or whole multiples."""
-    size = rows[0].pictures[1][1].shape[0]
+    size = rows[0].pictures[2][1].shape[0]
     tile = size * max(1, -(-_TILE // size))
     columns, step = len(rows[0].pictures), tile + 3 * _LINE + _GAP
     top = _MARGIN + (len(heading) + 2) * _LINE
@@ -174,10 +195,11 @@ def draw_sheet(rows: Sequence[Row], heading: Sequence[str]) -> Image.Image:
 
 def _heading(recipe: Recipe, images: int, visible: int) -> list[str]:
     model, method = recipe.model, recipe.method
-    apart = ", none of them in both views" if method.views > 1 else ""
+    changed = "" if method.degradation == "none" else f" of {method.degradation} views"
+    apart = ", none of them in both views" if method.views > 1 and visible < model.patches else ""
     return [
-        f"{recipe.data.path}: the first samples of epoch 0 of {images:,}",
-        f"{method.name}, {model.image_size} px, seed {recipe.run.seed}: the encoder sees {visible} of {model.patches} "
+        f"{recipe.data.path}: the first of {images:,} samples of epoch 0",
+        f"{method.name}{changed}, {model.image_size} px, seed {recipe.run.seed}: the encoder sees {visible} of {model.patches} "
         f"patches of {model.patch_size} px{apart}",
     ]
 
