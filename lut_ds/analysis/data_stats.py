@@ -38,7 +38,7 @@ def _draw(panels: dict[str, NDArray[Any]], unit: str) -> Draw:
         rows = -(-len(panels) // columns)
         figure = new_figure(4.2 * columns, 2.6 * rows)
         for axis, (title, values) in zip(axes_grid(figure, rows, columns), panels.items()):
-            axis.hist(values, bins=_bins(values), color=theme.student)
+            axis.hist(values, bins=_bins(values).tolist(), color=theme.student)
             middle = float(np.median(values))
             axis.axvline(middle, color=theme.warning, linewidth=1.2)
             axis.set_title(f"{title} (median {middle:,.4g})")

@@ -48,7 +48,11 @@ class Header:
 
 
 def read_header(data: bytes, name: str) -> Header | None:
-    """The header of an encoded image that is called `name`, None when it is not one that the pipeline knows."""
+    """The header of an encoded image that is called `name`, None when it is not one that the pipeline knows.
+
+    Nothing is decoded, so that any size is safe; Pillow's limit is lifted meanwhile. Not for several threads at once.
+    """
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             format = "JPEG" if image.format == "MPO" else str(image.format)  # a JPEG with more pictures behind it
@@ -56,6 +60,8 @@ def read_header(data: bytes, name: str) -> Header | None:
             return Header(format, image.mode, image.width, image.height, _sampling(image), notes)
     except Exception:  # noqa: BLE001 - Pillow's plug-ins raise whatever broken metadata makes them trip over
         return None
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
 
 
 def content_name(data: bytes) -> str | None:

@@ -5,13 +5,12 @@ import os
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from lut_ds.data.decoding import Decoder
 from lut_ds.data.headers import Header, content_name, read_header
 from lut_ds.data.records import RECORD, Details, State
 from lut_ds.data.sources import Source
-from lut_ds.data.validity import FORMATS, LONGEST, image_hw, undecodable
+from lut_ds.data.validity import FORMATS, LONGEST, MOST_PIXELS, image_hw, undecodable
 from lut_ds.errors import RunFault
 
 
@@ -31,7 +30,6 @@ class Inspector:
 
     def __init__(self, source: Source, min_side: int = 1) -> None:
         self._source, self._min_side, self._decode = source, min_side, Decoder()
-        Image.MAX_IMAGE_PIXELS = None  # `image_hw` has a limit of its own, and a warning for each file helps nobody
 
     def __call__(self, samples: NDArray[np.int64]) -> Details:
         """Examine int64 `samples` [m]."""
@@ -73,7 +71,7 @@ class Inspector:
         try:
             size = image_hw(data, name)
         except RunFault as fault:
-            raise _Unusable(*_refused(data, header, fault)) from fault
+            raise _Unusable(*_refused(data, name, header, fault)) from fault
         if min(size) < self._min_side:
             raise _Unusable(State.TOO_SMALL, f"{size[1]}x{size[0]} pixels, a side is below {self._min_side}")
         if not self._decodes(data, size):
@@ -87,8 +85,8 @@ class Inspector:
             return False
 
 
-def _refused(data: bytes, header: Header | None, fault: RunFault) -> tuple[State, str]:
-    """Why a header is refused, and the detail."""
+def _refused(data: bytes, name: str, header: Header | None, fault: RunFault) -> tuple[State, str]:
+    """Why an image is refused before it is decoded, and the detail."""
     if header is None:
         what = content_name(data)
         if what is None or what in ("HTML", "XML", "PDF", "gzip", "zip"):
@@ -97,4 +95,6 @@ def _refused(data: bytes, header: Header | None, fault: RunFault) -> tuple[State
     size = f"{header.width}x{header.height} pixels"
     if max(header.width, header.height) > LONGEST * min(header.width, header.height):
         return State.TOO_NARROW, f"{size}, one side is over {LONGEST} times the other"
-    return State.TOO_LARGE, size
+    if header.width * header.height > MOST_PIXELS:
+        return State.TOO_LARGE, f"{size}, more than {MOST_PIXELS:,}"
+    return State.UNDECODABLE, str(fault).removeprefix(f"data: {name}: ")

@@ -18,4 +18,5 @@ def progress_bar(what: str, total: int, done: int = 0, unit: str = "image") -> A
         dynamic_ncols=terminal,
         mininterval=0.5 if terminal else 30.0,
         smoothing=0.05,
+        delay=1.0,  # what is refused at once, or done at once, shows none
     )

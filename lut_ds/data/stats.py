@@ -42,7 +42,7 @@ def survey(
         the statistics, and for each split the MEASURE records and the int64 samples [classes] of each class.
     """
     statistics: dict[str, Any] = {"path": path, "splits": {}}
-    raw = {}
+    raw: dict[str, tuple[NDArray[np.void], NDArray[np.int64]]] = {}
     for part in open_parts(path):
         counts = class_counts(part.source)
         measured = _measure(path, part, sample, workers)

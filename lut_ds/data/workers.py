@@ -19,6 +19,7 @@ from lut_ds.errors import RunFault, UserError
 R = TypeVar("R")
 Chunk = NDArray[np.int64]
 Work = Callable[[Chunk], R]
+_START = 600.0  # seconds: imports from shared storage, by every core at once
 _POLL = 0.2  # seconds between looks at the clock and at the caller's wish to stop
 
 
@@ -117,10 +118,12 @@ class Crew(Generic[R]):
                 if (answer := self._receive(worker)) is not None:
                     self._busy.remove(worker)
                     yield worker, answer
-            elif time.monotonic() - worker.since > self._patience:
+            elif time.monotonic() - worker.since > (self._patience if worker.open else _START):
                 self._busy.remove(worker)
                 worker.process.kill()
                 _end(worker)
+                if not worker.open:
+                    raise RunFault(f"a worker process could not start in {_START:g} s")
                 yield worker, Crash(f"no answer in {self._patience:g} s")
 
     def _receive(self, worker: _Worker) -> R | Crash | None:
@@ -135,7 +138,7 @@ class Crew(Generic[R]):
         if isinstance(answer, _Error):
             raise answer.kind(answer.text)
         if not worker.open:
-            worker.open = True
+            worker.open, worker.since = True, time.monotonic()
             return None
         self._idle.append(worker)
         return answer

@@ -1,0 +1,160 @@
+"""`lut-ds data ...` as a user meets it: exit codes, clean standard output, Ctrl-C, kill -9, a decoder that crashes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lut_ds.data.sources import open_source
+from tests.data.images import encode, photo, write_folder
+from tests.data.planted import GOOD, plant
+from tests.test_cli import BAD_INPUT, DONE, lut_ds, refused, result
+
+STOPPED = 3
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_faults_are_counted_and_strict_is_strict(tmp_path: Path) -> None:
+    reasons, _ = plant(tmp_path / "data")
+    found = result("data", "verify", tmp_path / "data", "--out", tmp_path / "out", "--workers", 2)
+    assert found["quarantined"] == len(reasons)
+    assert found == json.loads((tmp_path / "out" / "summary.json").read_text())
+    names = {os.path.relpath(line["name"], tmp_path / "data") for line in lines(tmp_path / "out" / "quarantine.jsonl")}
+    assert names == set(reasons)
+    strict = lut_ds("data", "verify", tmp_path / "data", "--out", tmp_path / "out", "--strict", "--json")
+    assert strict.returncode == BAD_INPUT
+    assert json.loads(strict.stdout)["quarantined"] == len(reasons)
+    assert "Traceback" not in strict.stderr
+
+
+def test_a_decoder_that_crashes_names_its_file(tmp_path: Path) -> None:
+    """A fault that Python cannot catch, where the decoder would have it."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import ctypes, sys\n"
+        "class Trap:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'lut_ds.data.inspection':\n"
+        "            from lut_ds.data import decoding\n"
+        "            whole = decoding.Decoder.__call__\n"
+        "            decoding.Decoder.__call__ = lambda self, data: (\n"
+        "                ctypes.string_at(0) if data.endswith(b'CRASH') else whole(self, data))\n"
+        "sys.meta_path.insert(0, Trap())\n"
+    )
+    write_folder(tmp_path / "data", 20, height=32, width=32)
+    for name in ("x.jpg", "y.jpg"):
+        (tmp_path / "data" / "class0" / name).write_bytes(GOOD + b"CRASH")
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    found = result("data", "verify", tmp_path / "data", "--out", tmp_path / "out", "--workers", 2, PYTHONPATH=path)
+    assert (found["usable"], found["reasons"]) == (20, {"crashes the decoder": 2})
+    said = {Path(line["name"]).name: line["detail"] for line in lines(tmp_path / "out" / "quarantine.jsonl")}
+    assert said == {"x.jpg": "killed by SIGSEGV", "y.jpg": "killed by SIGSEGV"}
+
+
+def interrupted(number: signal.Signals, ready: Path, *arguments: object) -> int:
+    """Start a command, send it a signal once `ready` holds something; its exit code."""
+    command = [sys.executable, "-m", "lut_ds", *map(str, arguments)]
+    process = subprocess.Popen(command, cwd="/", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 120
+        while not (ready.exists() and any(ready.read_bytes())) and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(number)
+        return process.wait(60)
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_verify_goes_on_where_it_was_interrupted(tmp_path: Path, number: signal.Signals) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for i in range(600):
+        (folder / f"{i}.png").write_bytes(encode(photo(64, 64, i % 7), "PNG"))
+    (folder / "0.png").write_bytes(GOOD[:700])
+    arguments = ("data", "verify", folder, "--out", tmp_path / "out", "--workers", 1)
+    code = interrupted(number, tmp_path / "out" / "journal.records", *arguments)
+    assert code == (-signal.SIGKILL if number == signal.SIGKILL else STOPPED)
+    found = result(*arguments)
+    assert 0 < found["resumed_at"] < 600
+    assert (found["usable"], found["quarantined"]) == (599, 1)
+    assert [Path(line["name"]).name for line in lines(tmp_path / "out" / "quarantine.jsonl")] == ["0.png"]
+
+
+def test_pack_index_and_stats(photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    packed = result("data", "pack", photos, out, "--shard-size", "40kB", "--shorter-side", 32, "--workers", 2)
+    assert (packed["samples"], packed["complete"]) == (42, True)
+    assert packed["shards"] > 1
+    checked = result("data", "index", out, "--check")
+    assert checked["problems"] == []
+    written = result("data", "index", out, "--wds2idx")
+    assert (len(written["files"]), written["samples"]) == (packed["shards"], 42)
+    (out / "index.lut").unlink()
+    assert len(open_source(out)) == 42  # through the .idx files
+    assert result("data", "index", out, "--workers", 1)["samples"] == 42
+    shard = out / "shard-000001.tar"
+    data = bytearray(shard.read_bytes())
+    data[0:9] = b"renamed!!"
+    data[148:156] = b"%06o\0 " % (sum(data[:148]) + 8 * 32 + sum(data[156:512]))
+    shard.write_bytes(data)
+    differs = lut_ds("data", "index", out, "--check")
+    assert differs.returncode == BAD_INPUT
+    assert "shard-000001.tar: byte 512: renamed!!" in differs.stdout
+    stats = result("data", "stats", out, "--sample", 20, "--out", tmp_path / "stats")
+    assert stats["splits"]["train"]["measured"] == 20
+    assert all(Path(path).stat().st_size > 1000 for path in stats["histograms"])
+
+
+def test_index_of_a_folder_is_checked(tmp_path: Path) -> None:
+    write_folder(tmp_path / "data", 6)
+    assert result("data", "index", tmp_path / "data")["samples"] == 6
+    assert result("data", "index", tmp_path / "data", "--check")["problems"] == []
+    (tmp_path / "data" / "class0" / "0000.jpg").rename(tmp_path / "data" / "class0" / "new.jpg")
+    differs = lut_ds("data", "index", tmp_path / "data", "--check", "--json")
+    assert differs.returncode == BAD_INPUT
+    assert json.loads(differs.stdout)["problems"] == [
+        f"{tmp_path}/data/class0/0000.jpg: no such file",
+        f"{tmp_path}/data/class0/new.jpg: not in the index",
+    ]
+
+
+@pytest.mark.slow
+def test_show(digits: Path, tmp_path: Path) -> None:
+    shown = result("data", "show", "demo", f"data.path={digits}", "-n", 2, "-o", tmp_path / "sheet.png")
+    assert len(shown["samples"]) == 2
+    assert (tmp_path / "sheet.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    "arguments, named",
+    [
+        (["verify", "/nowhere/at/all"], "/nowhere/at/all"),
+        (["verify"], "required: path"),
+        (["verify", "/tmp", "--workers", "0"], "--workers"),
+        (["pack", "/tmp", "x", "--quality", "101"], "--quality"),
+        (["pack", "/tmp", "x", "--shard-size", "huge"], "--shard-size"),
+        (["pack", "/tmp", "x", "--shard-size", "1GB", "--samples-per-shard", "5"], "not allowed with"),
+        (["index", "/nowhere/at/all"], "/nowhere/at/all"),
+        (["stats", "/nowhere/at/all"], "/nowhere/at/all"),
+    ],
+)
+def test_arguments_that_cannot_be(arguments: list[str], named: str) -> None:
+    assert named in refused("data", *arguments)
+
+
+def test_done_is_zero_and_speaks_to_people(photos: Path, tmp_path: Path) -> None:
+    done = lut_ds("data", "verify", photos, "--out", tmp_path / "out")
+    assert done.returncode == DONE
+    assert done.stdout.splitlines()[0].startswith("42 samples, ")
+    assert done.stdout.splitlines()[-1] == f"clean index: data.path={tmp_path}/out/clean"
