@@ -8,6 +8,7 @@ from lut_kernels.attention import attention
 from lut_kernels.dispatch import OPS, choice, kernels_mode
 from lut_kernels.embed import embed_tokens
 from lut_kernels.gather import gather_patches
+from lut_kernels.linear import linear
 from lut_kernels.loss import reconstruction_loss
 from lut_kernels.timm_attention import FusedAttention
 from lut_kernels.unshuffle import unshuffle_tokens
@@ -20,6 +21,7 @@ __all__ = [
     "embed_tokens",
     "gather_patches",
     "kernels_mode",
+    "linear",
     "reconstruction_loss",
     "unshuffle_tokens",
 ]

@@ -9,6 +9,7 @@ from timm.layers import LayerNorm
 from torch import Tensor, nn
 
 from lut_ds.method.encoder import init_weights, make_blocks, run_blocks
+from lut_ds.method.linear import use_fast_linear
 from lut_ds.method.posembed import Positions, position_table
 
 
@@ -44,6 +45,7 @@ class Decoder(nn.Module):
         self.norm = partial(LayerNorm, eps=1e-6)(width)
         self.pred = nn.Linear(width, patch_dim)
         init_weights(self)
+        use_fast_linear(self)
 
     def forward(self, latent: Tensor, ids_restore: Tensor, ids_predict: Tensor | None = None) -> Tensor:
         """Predict patches from the visible latents.

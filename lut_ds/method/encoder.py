@@ -3,13 +3,13 @@
 from functools import partial
 
 import torch
-import torch.nn.functional as F
-from lut_kernels import FusedAttention, embed_tokens
+from lut_kernels import FusedAttention, embed_tokens, linear
 from timm.layers import LayerNorm, PatchEmbed
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lut_ds.method.linear import use_fast_linear
 from lut_ds.method.posembed import Positions, position_table
 
 
@@ -21,7 +21,7 @@ class PatchProjection(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() == 3:
-            return F.linear(x, self.weight.permute(0, 2, 3, 1).reshape(self.out_channels, -1), self.bias)
+            return linear(x, self.weight.permute(0, 2, 3, 1).reshape(self.out_channels, -1), self.bias)
         return super().forward(x)
 
 
@@ -83,6 +83,7 @@ class Encoder(VisionTransformer):
         del self.pos_embed
         self.register_buffer("pos_embed", position_table(positions, width, image_size // patch_size))
         init_weights(self)
+        use_fast_linear(self)
 
     def forward(self, rows: Tensor, ids_keep: Tensor | None = None) -> Tensor:
         """Encode patch rows.

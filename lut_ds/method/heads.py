@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lut_ds.method.linear import Linear
+
 HeadNorm = Literal["bn", "ln", "none"]
 HeadAct = Literal["relu", "gelu"]
 
@@ -70,7 +72,7 @@ def make_head(depth: int, width: int, hidden: int, norm: HeadNorm, act: HeadAct)
     layers: list[nn.Module] = []
     for index in range(depth):
         last = index == depth - 1
-        linear = nn.Linear(width if index == 0 else hidden, width if last else hidden, bias=False)
+        linear = Linear(width if index == 0 else hidden, width if last else hidden, bias=False)
         nn.init.xavier_uniform_(linear.weight)
         layers.append(linear)
         if not last:
