@@ -1,30 +1,24 @@
 """The loader's benchmark: ours and others on the same files, views and workers, in rounds, each in its own process."""
 
 import io
-import json
-import subprocess
-import sys
 import tempfile
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from lut_ds.bench.contenders import CONTENDERS, missing
-from lut_ds.bench.loader_run import Task, as_json
+from lut_ds.bench.loader_run import Task
 from lut_ds.bench.machine import describe_machine
+from lut_ds.bench.rounds import Figures, compare, run_apart, run_rounds, summarise
 from lut_ds.config import Recipe
 from lut_ds.data.sources import Source
 from lut_ds.engine.train import open_source
 from lut_ds.errors import RunFault, UserError
 
 GENERATED = 256  # photographs, where no data set is named
-_SECONDS = 1800  # until a contender that hangs is given up
 
 
 @dataclass(frozen=True)
@@ -76,14 +70,14 @@ def bench_loader(recipe: Recipe, options: Options) -> dict[str, Any]:
             raise UserError(f"bench loader: nothing to run: {'; '.join(left_out.values())}")
         task = make_task(recipe, options, device, work)
         decoders = who_decodes(open_source(recipe))
-        rounds = run_rounds({name: replace(task, contender=name) for name in names}, options.rounds)
+        rounds = run_rounds({n: replace(task, contender=n) for n in names}, options.rounds, run_task, "loaders")
     return {
         "machine": describe_machine(),
         "options": {**options.__dict__, "device": device, "image_size": recipe.model.image_size},
         "data": data,
         "who_decodes": decoders,
         "loaders": {name: summarise([results[name] for results in rounds]) for name in names},
-        "ratios": compare(rounds),
+        "ratios": compare(rounds, "ours", ("cpu_ms", "images_per_s")),
         "left_out": left_out,
     }
 
@@ -140,60 +134,9 @@ def make_task(recipe: Recipe, options: Options, device: str, work: str) -> Task:
     )
 
 
-def run_rounds(
-    tasks: dict[str, Task], rounds: int, run: Callable[[Task], dict[str, float]] | None = None
-) -> list[dict[str, dict[str, float]]]:
-    """Every task once a round, in rotation, so that what else the machine does falls on all alike."""
-    order = list(tasks)
-    results = []
-    with tqdm(total=rounds * len(order), unit="run", desc="loaders", file=sys.stderr) as bar:
-        for number in range(rounds):
-            found = {}
-            for name in order[number % len(order) :] + order[: number % len(order)]:
-                bar.set_postfix_str(name)
-                found[name] = (run or run_apart)(tasks[name])
-                bar.update()
-            results.append(found)
-    return results
-
-
-def run_apart(task: Task) -> dict[str, float]:
-    """Run a task in a process of its own.
-
-    Raises:
-        RunFault: it failed, or took longer than half an hour.
-    """
-    command = [sys.executable, "-m", "lut_ds.bench.loader_run"]
-    try:
-        done = subprocess.run(
-            command, input=as_json(task), capture_output=True, text=True, timeout=_SECONDS, check=False
-        )
-    except subprocess.TimeoutExpired as error:
-        raise RunFault(f"bench loader: {task.contender} did not finish within {_SECONDS} s") from error
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise RunFault(f"bench loader: {task.contender} failed: {last}")
-    return dict(json.loads(done.stdout.splitlines()[-1]))
-
-
-def summarise(results: Sequence[dict[str, float]]) -> dict[str, dict[str, float]]:
-    """Median, least and largest of each figure over the rounds."""
-    return {
-        key: {"median": median(values), "min": min(values), "max": max(values)}
-        for key in results[0]
-        for values in [[result[key] for result in results]]
-    }
-
-
-def compare(rounds: Sequence[dict[str, dict[str, float]]]) -> dict[str, dict[str, dict[str, float]]]:
-    """Ours over each other's CPU time an image (lower is better) and images/s (higher is better), within rounds."""
-    others = [name for name in rounds[0] if name != "ours"] if "ours" in rounds[0] else []
-    return {
-        name: summarise(
-            [{key: found["ours"][key] / found[name][key] for key in ("cpu_ms", "images_per_s")} for found in rounds]
-        )
-        for name in others
-    }
+def run_task(task: Task) -> Figures:
+    """Run a task in a process of its own; RunFault when it fails."""
+    return run_apart("lut_ds.bench.loader_run", task, task.contender)
 
 
 def describe_loader_bench(report: dict[str, Any]) -> str:

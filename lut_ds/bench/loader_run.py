@@ -5,7 +5,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -116,11 +116,6 @@ def main() -> None:
     task = Task(**json.load(sys.stdin))
     print(json.dumps(measure(task)), flush=True)
     os._exit(0)  # endless loaders: nothing is left to tidy up, and a DataLoader's workers would be waited for
-
-
-def as_json(task: Task) -> str:
-    """The task as `main` reads it."""
-    return json.dumps(asdict(task))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from lut_ds.bench.loader import Options, choose_device, make_task, run_apart, with_data
+from lut_ds.bench.loader import Options, choose_device, make_task, run_task, with_data
 from lut_ds.bench.loader_run import Task, task_loading
 from lut_ds.bench.machine import describe_machine
 from lut_ds.config import Recipe
@@ -22,7 +22,7 @@ _WORTH = 1.03  # a setting that costs more must be this much faster
 Run = Callable[[Task], dict[str, float]]
 
 
-def tune_loader(recipe: Recipe, options: Options, run: Run = run_apart) -> dict[str, Any]:
+def tune_loader(recipe: Recipe, options: Options, run: Run = run_task) -> dict[str, Any]:
     """Threads first, then prefetch, then on a GPU the hardware decoder's share and preallocation.
 
     Of settings within 3 % of the fastest, the one that costs least (fewer threads, less memory) is kept.

@@ -2,7 +2,7 @@
 
 import argparse
 
-from lut_ds.cli.parser import DONE, Answer, Commands, add_recipe, positive
+from lut_ds.cli.parser import DONE, Answer, Commands, add_overrides, add_recipe, positive
 
 
 def loader(args: argparse.Namespace) -> Answer:
@@ -25,9 +25,33 @@ def loader(args: argparse.Namespace) -> Answer:
     return report, describe_loader_bench(report), DONE
 
 
+def step(args: argparse.Namespace) -> Answer:
+    """Measure a training step: images/s, MFU, its parts and memory; beside it variants, a baseline, published code."""
+    from lut_ds.bench.step import Options, bench_step, describe_step_bench, step_recipe
+
+    # Without a recipe (--model), argparse takes the first override for one.
+    words = args.override if args.recipe is None or "=" not in args.recipe else [args.recipe, *args.override]
+    name = None if args.recipe is None or "=" in args.recipe else args.recipe
+    given = {"steps": args.steps, "rounds": args.rounds, "threads": args.threads}
+    peers = tuple((peer, folder) for peer in ("lut", "mae") if (folder := getattr(args, f"peer_{peer}")) is not None)
+    options = Options(
+        batch=args.batch,
+        device=args.device,
+        variants=args.variants,
+        expert=args.peers,
+        peers=peers,
+        trace=args.trace,
+        **{key: value for key, value in given.items() if value is not None},
+    )
+    precision = [f"precision.{key}={args.precision}" for key in ("compute", "teacher")] if args.precision else []
+    report = bench_step(step_recipe(name, args.model, [*precision, *words], args.batch), options)
+    return report, describe_step_bench(report), DONE
+
+
 def add(commands: Commands) -> None:
     """Add this group's sub-commands."""
     group = commands.group("bench", "measure speed, memory and cost")
+    add_step(group)
     sub = group.add(loader)
     add_recipe(sub)
     sub.add_argument("--batch", type=positive, help="images a batch")
@@ -38,3 +62,24 @@ def add(commands: Commands) -> None:
     sub.add_argument("--device", default="auto", help="auto, cpu or cuda")
     sub.add_argument("--only", metavar="NAMES", help="ours,torchvision,webdataset: a selection")
     sub.add_argument("--tune", action="store_true", help="find and keep the fastest settings of ours for this machine")
+
+
+def add_step(group: Commands) -> None:
+    """`lut-ds bench step` and its arguments."""
+    sub = group.add(step)
+    sub.add_argument("recipe", nargs="?", help="name of a shipped recipe, or a .yaml file; or give --model")
+    add_overrides(sub)
+    sub.add_argument("--model", help="a timm name, e.g. vit_large_patch16_224: its LUT recipe")
+    sub.add_argument("--batch", type=positive, default=16, help="images a step, over all ranks")
+    sub.add_argument("--precision", choices=("fp32", "bf16"), help="of student and teacher")
+    sub.add_argument("--steps", type=positive, help="steps a round")
+    sub.add_argument("--rounds", type=positive, help="rounds; every side runs once in each")
+    sub.add_argument("--threads", type=positive, help="torch threads on a CPU, for every side")
+    sub.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    sub.add_argument("--variants", action="store_true", help="also precision, compile, kernels, ZeRO stages and more")
+    sub.add_argument("--peers", action="store_true", help="also a plain-PyTorch baseline, and the --peer-* given")
+    sub.add_argument("--peer-lut", metavar="DIR", help="checkout of the published LUT code")
+    sub.add_argument("--peer-mae", metavar="DIR", help="checkout of the published MAE code")
+    sub.add_argument(
+        "--trace", metavar="FILE", help="write a profiler trace (JSON) of two steps; open in ui.perfetto.dev"
+    )

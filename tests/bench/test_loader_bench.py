@@ -11,9 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-from lut_ds.bench.loader import Options, bench_loader, compare, summarise, who_decodes
+from lut_ds.bench.loader import Options, bench_loader, who_decodes
 from lut_ds.bench.loader_run import Task
 from lut_ds.bench.loader_tune import tune_loader
+from lut_ds.bench.rounds import compare, summarise
 from lut_ds.config import Recipe, load_recipe
 from lut_ds.data.sources import ImageFolder
 from lut_ds.data.tuning import Loading, choose_loading, load_tuning, machine_key, save_tuning, tuning_file
@@ -121,7 +122,7 @@ def test_ratios_are_taken_within_rounds() -> None:
         {name: {"cpu_ms": cpu, "images_per_s": 1 / cpu} for name, cpu in (("ours", a), ("torchvision", b))}
         for a, b in ((1.0, 2.0), (4.0, 8.0), (3.0, 4.0))
     ]
-    ratio = compare(rounds)["torchvision"]["cpu_ms"]
+    ratio = compare(rounds, "ours", ["cpu_ms"])["torchvision"]["cpu_ms"]
     assert (ratio["median"], ratio["min"], ratio["max"]) == (0.5, 0.5, 0.75)
     assert summarise([found["ours"] for found in rounds])["cpu_ms"]["median"] == 3.0
 

@@ -1,0 +1,203 @@
+"""One training step, measured in a process of its own: `python -m lut_ds.bench.step_run` reads a task, prints a result."""
+
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lut_ds.bench.breakdown import Breakdown
+from lut_ds.bench.expert import Expert
+from lut_ds.bench.peers import time_peer
+from lut_ds.bench.rounds import Figures
+from lut_ds.config import Recipe, parse_recipe
+from lut_ds.engine.launch import Ranks, discover_ranks, process_group
+from lut_ds.engine.step import Trainer
+from lut_ds.engine.train import draws_per_sample
+from lut_ds.method.lut import IMAGENET_MEAN, IMAGENET_STD
+
+_SETS = 4  # inputs in rotation, so that no cache answers for the memory
+
+
+@dataclass(frozen=True)
+class Task:
+    """What to measure.
+
+    Attributes:
+        side: `ours`, `expert`, or a published implementation, `lut` or `mae`.
+        recipe: the recipe as JSON values; train.global_batch images a step over all ranks.
+        steps, warmup: steps that count, and steps before them.
+        threads: of torch on a CPU; 0 leaves its default.
+        kernels: LUT_KERNELS of ours.
+        breakdown: also time the parts of ours, in steps of their own.
+        trace: file for a torch profiler trace of two steps of ours, opened in a browser at ui.perfetto.dev.
+        checkout: folder of a published implementation.
+    """
+
+    side: str
+    recipe: dict[str, Any]
+    steps: int
+    warmup: int
+    threads: int = 0
+    kernels: str = "auto"
+    breakdown: bool = False
+    trace: str | None = None
+    checkout: str | None = None
+
+
+@dataclass
+class Synthetic:
+    """A micro-batch of noise images."""
+
+    views: list[Tensor]
+    noise: Tensor
+    draws: Tensor | None = None
+
+
+def synthetic_batches(recipe: Recipe, batch: int, device: torch.device) -> Iterator[Synthetic]:
+    """Endless uint8 views [b, S, S, 3] of noise on the device, several sets in rotation."""
+    draws = draws_per_sample(recipe)
+    m, generator = recipe.model, torch.Generator().manual_seed(recipe.run.seed)
+    shape = (batch, m.image_size, m.image_size, 3)
+    sets = [
+        Synthetic(
+            [torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator).to(device) for _ in views],
+            torch.rand(batch, m.patches, generator=generator).to(device),
+            torch.rand(batch, draws, generator=generator).to(device) if draws else None,
+        )
+        for views in [range(recipe.method.views)] * _SETS
+    ]
+    while True:
+        yield from sets
+
+
+def normalised(views: list[Tensor]) -> list[Tensor]:
+    """uint8 [b, S, S, 3] -> float32 [b, 3, S, S], as a torchvision loader hands them over."""
+    device = views[0].device
+    mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    return [((view.permute(0, 3, 1, 2).float() / 255 - mean) / std).contiguous() for view in views]
+
+
+def measure(task: Task) -> Figures:
+    """Run the steps.
+
+    Returns:
+        `step_ms`, `images_per_s` (over all ranks), `memory_mib` (a GPU's peak; on CPUs the process's), `loss` of the last
+        step; and `ms_<part>` where a breakdown was asked for.
+    """
+    os.environ["LUT_KERNELS"] = task.kernels
+    if task.threads:
+        torch.set_num_threads(task.threads)
+    recipe = parse_recipe(task.recipe, "benchmark")
+    ranks = discover_ranks()
+    if ranks.device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = recipe.precision.compute == "bf16"
+    with ExitStack() as group:
+        if task.side == "ours":
+            group.enter_context(process_group(ranks))
+            return _measure_ours(task, recipe, ranks)
+        if ranks.device.type == "cuda":
+            torch.cuda.set_device(ranks.device)
+        if task.side == "expert":
+            return _measure_expert(task, recipe, ranks.device)
+        return _measure_peer(task, recipe, ranks.device)
+
+
+def _measure_ours(task: Task, recipe: Recipe, ranks: Ranks) -> Figures:
+    batch = recipe.train.global_batch // ranks.world_size
+    micro = recipe.train.micro_batch or batch
+    trainer = Trainer(recipe, ranks, micro, batch // micro)
+    batches = synthetic_batches(recipe, micro, ranks.device)
+
+    def step() -> Tensor:
+        return trainer.update((next(batches) for _ in range(trainer.accumulation)), 1e-4, 0.996)[0]
+
+    figures = _timed(step, task, recipe.train.global_batch, ranks.device)
+    if task.breakdown:
+        with Breakdown(trainer) as parts:
+            for _ in range(max(2, task.steps // 2)):
+                parts.step(step)
+        figures |= {f"ms_{name}": ms for name, ms in parts.milliseconds().items()}
+    if task.trace is not None:
+        _trace(step, Path(task.trace), ranks)
+    return figures
+
+
+def _measure_expert(task: Task, recipe: Recipe, device: torch.device) -> Figures:
+    torch.manual_seed(recipe.run.seed)
+    expert = Expert(recipe, device, recipe.train.compile is True)
+    source = synthetic_batches(recipe, recipe.train.global_batch, device)
+    ready = [(torch.cat(normalised(b.views)), b.noise) for b in (next(source) for _ in range(_SETS))]
+    turns = (ready[i % _SETS] for i in range(1 << 30))
+    return _timed(lambda: expert.step(*next(turns)), task, recipe.train.global_batch, device)
+
+
+def _measure_peer(task: Task, recipe: Recipe, device: torch.device) -> Figures:
+    assert task.checkout is not None
+    source = synthetic_batches(recipe, recipe.train.global_batch, device)
+    sets = [normalised(next(source).views) for _ in range(_SETS)]
+    batches = [sets[i % _SETS] for i in range(task.warmup + task.steps)]
+    result = time_peer(task.side, Path(task.checkout), recipe, batches, device, task.warmup)
+    return _figures(result["seconds"], task.steps, recipe.train.global_batch, result["loss"], device)
+
+
+def _timed(step: Callable[[], Tensor], task: Task, images: int, device: torch.device) -> Figures:
+    for _ in range(task.warmup):
+        step()
+    _wait(device)
+    began = time.perf_counter()
+    for _ in range(task.steps):
+        loss = step()
+    _wait(device)
+    return _figures(time.perf_counter() - began, task.steps, images, float(loss), device)
+
+
+def _figures(seconds: float, steps: int, images: int, loss: float, device: torch.device) -> Figures:
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _resident_peak()
+    return {
+        "step_ms": seconds / steps * 1e3,
+        "images_per_s": images * steps / seconds,
+        "memory_mib": peak / 2**20,
+        "loss": loss,
+    }
+
+
+def _resident_peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _trace(step: Callable[[], Tensor], file: Path, ranks: Ranks) -> None:
+    """A profile of two steps, by operator and, on a GPU, by kernel."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if ranks.device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as profile:
+        for _ in range(2):
+            step()
+        _wait(ranks.device)
+    if ranks.main:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        profile.export_chrome_trace(str(file))
+
+
+def main() -> None:
+    """Read a task from standard input, measure, print the result as the last line of standard output."""
+    figures = measure(Task(**json.load(sys.stdin)))
+    print(json.dumps(figures), flush=True)
+
+
+if __name__ == "__main__":
+    main()

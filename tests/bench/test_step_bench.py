@@ -1,0 +1,211 @@
+"""The step's benchmark: ours, the expert's baseline and a published checkout really run; figures and ratios agree."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+from lut_ds.bench.expert import Expert
+from lut_ds.bench.peers import check_checkout
+from lut_ds.bench.step import Options, add_mfu, bench_step, make_tasks, run_task, step_recipe
+from lut_ds.bench.step_run import normalised, synthetic_batches
+from lut_ds.config import Recipe, load_recipe
+from lut_ds.engine.build import build_student, flops_shape
+from lut_ds.errors import UserError
+from lut_ds.method.flops import step_flops
+from tests.test_cli import result
+
+TINY = (
+    "model.image_size=32", "model.patch_size=8", "model.width=32", "model.depth=1", "model.heads=2", "method.head_hidden=32",
+    "model.decoder_width=32", "model.decoder_depth=1", "model.decoder_heads=2", "train.deepspeed=cpu",
+    "precision.compute=fp32", "precision.teacher=fp32",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Recipe:
+    """A LUT recipe of one small block, 8 images a step."""
+    return step_recipe("lut_vits16", None, TINY, 8)
+
+
+@pytest.mark.slow
+def test_measures_ours_and_its_parts(tmp_path: Path) -> None:
+    words = ["--batch", 8, "--steps", 2, "--rounds", 1, "--trace", tmp_path / "trace.json"]
+    found = result("bench", "step", "lut_vits16", *TINY, *words)
+    sides = found["sides"]
+    assert set(sides) == {"ours"}
+    for figures in sides.values():
+        assert figures["images_per_s"]["median"] == pytest.approx(8e3 / figures["step_ms"]["median"])
+        assert figures["memory_mib"]["median"] > 100
+    parts = {key.removeprefix("ms_") for key in sides["ours"] if key.startswith("ms_")}
+    expected = {
+        "teacher",
+        "student",
+        "decoder",
+        "heads",
+        "losses",
+        "backward",
+        "optimizer",
+        "ema",
+        "communication",
+        "other",
+    }
+    assert parts == expected
+    assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+
+
+def test_the_expert_trains_the_same_work(tiny: Recipe) -> None:
+    torch.manual_seed(0)
+    expert = Expert(tiny, torch.device("cpu"), False)
+    ours = sum(p.numel() for p in build_student(tiny).parameters())
+    assert sum(p.numel() for p in expert.student.parameters()) == ours  # both keep positions out of the parameters
+    batch = next(synthetic_batches(tiny, 8, torch.device("cpu")))
+    images = torch.cat(normalised(batch.views))
+    before = [p.clone() for p in expert.teacher.parameters()]  # type: ignore[union-attr]
+    losses = [float(expert.step(images, batch.noise)) for _ in range(30)]
+    assert losses[-1] < losses[0] - 0.05
+    moved = [not torch.equal(a, b) for a, b in zip(before, expert.teacher.parameters(), strict=True)]  # type: ignore[union-attr]
+    assert all(moved)
+
+
+def test_the_experts_target_is_the_methods(tiny: Recipe) -> None:
+    student = Expert(tiny, torch.device("cpu"), False).student
+    images = torch.arange(2 * 3 * 32 * 32, dtype=torch.float32).view(2, 3, 32, 32)
+    rows = student.patchify(images)
+    assert rows.shape == (2, 16, 8 * 8 * 3)
+    corner = images[1, :, 8:16, 16:24].permute(1, 2, 0).reshape(-1)  # second row of patches, third column
+    assert torch.equal(rows[1, 4 + 2], corner)
+
+
+@pytest.mark.slow
+def test_the_expert_is_measured_too(tiny: Recipe) -> None:
+    tasks, _ = make_tasks(tiny, Options(batch=8, steps=2, warmup=1, expert=True, threads=1), "cpu")
+    figures = run_task(tasks["expert"])
+    assert figures["images_per_s"] == pytest.approx(8e3 / figures["step_ms"])
+
+
+def test_tasks_follow_the_options(tiny: Recipe) -> None:
+    tasks, left_out = make_tasks(tiny, Options(batch=8, variants=True, expert=True), "cpu")
+    assert left_out == {"triton kernels": "Triton needs a GPU"}
+    assert tasks["half micro-batch"].recipe["train"]["micro_batch"] == 4
+    assert tasks["zero3"].recipe["train"]["deepspeed"] == "zero3"
+    assert tasks["bf16"].recipe["precision"] == {"compute": "bf16", "teacher": "bf16"}
+    assert tasks["library kernels"].kernels == "torch"
+    assert tasks["expert compiled"].recipe["train"]["compile"] is True
+    assert [name for name, task in tasks.items() if task.breakdown] == ["ours"]
+    assert "half micro-batch" in make_tasks(tiny, Options(batch=7, variants=True), "cpu")[1]
+
+
+def test_refuses_what_it_cannot_measure(tmp_path: Path, tiny: Recipe) -> None:
+    with pytest.raises(UserError, match="a recipe or --model"):
+        step_recipe(None, None, (), 8)
+    with pytest.raises(UserError, match="a recipe or --model"):
+        step_recipe("demo", "vit_small_patch16_224", (), 8)
+    with pytest.raises(UserError, match=r"--model: expected one of vit_small.*found 'resnet50'"):
+        step_recipe(None, "resnet50", (), 8)
+    with pytest.raises(UserError, match=r"found no engines/engine_lut\.py in it"):
+        bench_step(tiny, Options(peers=(("lut", str(tmp_path)),)))
+    assert step_recipe(None, "vit_large_patch16_224", (), 4).model.width == 1024
+
+
+def test_mfu_counts_the_method(tiny: Recipe) -> None:
+    figures = {"images_per_s": 1000.0}
+    add_mfu(figures, step_flops(flops_shape(tiny))["total"], "NVIDIA H100 80GB HBM3", 2)
+    assert figures["mfu"] == pytest.approx(1000 * step_flops(flops_shape(tiny))["total"] / (2 * 989e12))
+    unknown = {"images_per_s": 1000.0}
+    add_mfu(unknown, 1.0, "NVIDIA GeForce", 1)
+    assert "mfu" not in unknown
+
+
+def test_synthetic_images_are_noise_in_rotation(tiny: Recipe) -> None:
+    source = synthetic_batches(load_recipe("lut_vits16", TINY), 4, torch.device("cpu"))
+    first, second = next(source), next(source)
+    assert first.views[0].shape == (4, 32, 32, 3)
+    assert len(first.views) == 2
+    assert not torch.equal(first.views[0], first.views[1])
+    assert not torch.equal(first.views[0], second.views[0])
+    mean = torch.cat(normalised(first.views)).mean((0, 2, 3))
+    assert torch.allclose(mean, (torch.tensor([0.5, 0.5, 0.5]) - torch.tensor([0.485, 0.456, 0.406])) / 0.226, atol=0.1)
+
+
+def published(root: Path) -> Path:
+    """A checkout with the published layout: a model, EMA and loop of the published names, in a few lines of our own."""
+    files = {
+        "models/models_lut.py": """
+            import torch
+            from torch import nn
+            from timm.models.vision_transformer import PatchEmbed, Block
+            from util.utils_dino import trunc_normal_
+            class MaskedAutoencoderViT_LUT(nn.Module):
+                def __init__(self, img_size, patch_size, embed_dim, depth, num_heads, decoder_embed_dim, decoder_depth,
+                             decoder_num_heads, mlp_ratio, norm_layer, norm_pix_loss, depth_head, depth_pred, head_mlp_dim,
+                             head_norm_layer, head_act_layer):
+                    super().__init__()
+                    self.patch_embed = PatchEmbed(img_size, patch_size, 3, embed_dim)
+                    self.block = Block(embed_dim, num_heads, mlp_ratio, qkv_bias=True, qk_scale=None, norm_layer=norm_layer)
+                def forward(self, first, second, mask_ratio, ema=False):
+                    x = torch.cat([self.block(self.patch_embed(v)).mean(1) for v in (first, second)])
+                    return x.square().mean(), x, None
+        """,
+        "engines/engine_lut.py": """
+            import torch
+            from torch._six import inf
+            def train_one_epoch(model, data_loader, optimizer, device, epoch, loss_scaler, model_ema, args):
+                seen = 0
+                for (views, _) in data_loader:
+                    loss, out, _ = model(views[0], views[1], mask_ratio=args.mask_ratio)
+                    loss_scaler(loss * args.w_mae, optimizer, parameters=model.parameters())
+                    model_ema.update(model, seen)
+                    assert loss_scaler.state_dict()["scale"] > 0
+                    torch.cuda.synchronize()
+                    seen += 1
+                return {"loss": loss.item(), "batches": seen}
+        """,
+        "util/misc.py": """
+            class NativeScalerWithGradNormCount:
+                def __call__(self, loss, optimizer, parameters): loss.backward(); optimizer.step()
+                def state_dict(self): return {}
+        """,
+        "util/model_ema_sched.py": """
+            import copy
+            class ModelEma_sched:
+                def __init__(self, model, decay): self.ema, self.decay = copy.deepcopy(model), decay
+                def update(self, model, i): assert self.decay[i] == 0.996
+        """,
+    }  # fmt: skip
+    for name, text in files.items():
+        file = root / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        (file.parent / "__init__.py").touch()
+        file.write_text(textwrap.dedent(text))
+    return root
+
+
+@pytest.mark.slow
+def test_a_published_checkout_is_timed_as_it_is(tmp_path: Path) -> None:
+    folder = published(tmp_path / "theirs")
+    before = {p: p.read_text() for p in folder.rglob("*.py")}
+    assert check_checkout("lut", str(folder)) == folder
+    words = ["--batch", 8, "--steps", 2, "--rounds", 1, "--peer-lut", folder]
+    found = result("bench", "step", "lut_vits16", *TINY, *words)
+    assert found["sides"]["published lut"]["images_per_s"]["median"] > 0
+    assert "published lut" in found["ratios"]
+    assert {p: p.read_text() for p in folder.rglob("*.py")} == before
+
+
+@pytest.mark.slow
+def test_two_ranks_measure_together() -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "lut_ds"]
+    done = subprocess.run(
+        [*command, "bench", "step", "lut_vits16", *TINY, "--batch", "8", "--steps", "2", "--json"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout)
+    assert found["options"]["world_size"] == 2
+    assert found["sides"]["ours"]["ms_communication"]["median"] > 0
