@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from lut_ds.durations import seconds_of
 from lut_ds.errors import UserError
 from lut_ds.method.degradations import make_degradation
 from lut_ds.method.masking import keep_count
@@ -233,6 +234,17 @@ class Run(Section):
     """Steps between checkpoints; null: every epoch."""
     async_save: bool = True
     """Write checkpoints beside the steps, which stand still for a copy to host memory only (as large as the checkpoint)."""
+    time_limit: str | None = "auto"
+    """Save and stop before this: a duration of this process ([D-]HH:MM:SS), `auto`: the end of the Slurm job, null: never."""
+    stop_margin: Annotated[float, Field(ge=0)] = 120.0
+    """Seconds kept free before the time limit, beyond what steps and saves were measured to take."""
+    stop_signals: tuple[Literal["SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT", "SIGHUP", "SIGXCPU"], ...] = (
+        "SIGTERM",
+        "SIGUSR1",
+        "SIGUSR2",
+        "SIGINT",
+    )
+    """Signals to a rank that save and stop the run; leave out what another library of yours uses."""
     keep_last: Positive = 2
     """Newest checkpoints kept."""
     keep_every_epochs: Positive | None = 100
@@ -241,6 +253,15 @@ class Run(Section):
     """Mirror metrics to Weights & Biases; it can neither stop nor slow a run."""
     wandb_project: str = "lut_ds"
     """Project on Weights & Biases."""
+
+    @field_validator("time_limit", mode="before")
+    @classmethod
+    def _duration(cls, value: Any) -> Any:
+        if isinstance(value, int) and not isinstance(value, bool):
+            value = str(value)  # to YAML 1.1, 23:30:00 is a number: 84600
+        if isinstance(value, str) and value != "auto" and not seconds_of(value):
+            raise ValueError(f"expected auto, null or [D-]HH:MM:SS, found {value!r}")
+        return value
 
     @field_validator("wandb", mode="before")
     @classmethod
@@ -438,7 +459,7 @@ def _coerce(node: Any, where: str = "") -> Any:
 
 
 # Values that are text whatever they look like: YAML would read 2024 as a number and `/a #b` as /a.
-TEXT = ("data.path", "run.dir", "run.wandb_project", "train.deepspeed")
+TEXT = ("data.path", "run.dir", "run.time_limit", "run.wandb_project", "train.deepspeed")
 
 
 def _number(value: Any) -> Any:

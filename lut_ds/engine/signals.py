@@ -1,11 +1,12 @@
 """Asking a run to stop: a signal sets a flag, the ranks agree on a step, save, and leave with exit code 3."""
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+STOP_SIGNALS = ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT")
 
 
 class StopRequest:
@@ -21,8 +22,8 @@ class StopRequest:
 
 
 @contextmanager
-def listen() -> Iterator[StopRequest]:
-    """Turn the stop signals into a request while inside; a second SIGINT interrupts at once."""
+def listen(names: Sequence[str] = STOP_SIGNALS) -> Iterator[StopRequest]:
+    """Turn these signals (`SIGTERM`, ...) into a request while inside; a second SIGINT interrupts at once."""
     request = StopRequest()
 
     def handler(number: int, frame: FrameType | None) -> None:
@@ -30,7 +31,7 @@ def listen() -> Iterator[StopRequest]:
             raise KeyboardInterrupt
         request.signal_name = signal.Signals(number).name
 
-    previous = {number: signal.signal(number, handler) for number in STOP_SIGNALS}
+    previous = {number: signal.signal(number, handler) for number in map(signal.Signals.__getitem__, names)}
     try:
         yield request
     finally:

@@ -25,6 +25,7 @@ from lut_ds.engine.runfolder import open_run_folder, run_folder
 from lut_ds.engine.schedules import ema_decay_at, lr_at, peak_lr
 from lut_ds.engine.signals import StopRequest, listen
 from lut_ds.engine.step import Trainer, Votes, check_batch_norm, split_batch
+from lut_ds.engine.stopping import StopConditions
 from lut_ds.engine.warmup import check_allocation, describe_cluster
 from lut_ds.engine.watch import Outcome, Watch
 from lut_ds.errors import RunFault, UserError
@@ -104,7 +105,7 @@ def pretrain(recipe: Recipe, recipe_name: str) -> Outcome:
     micro_batch, accumulation = split_batch(recipe.train.global_batch, recipe.train.micro_batch, ranks.world_size)
     check_batch_norm(recipe, micro_batch * ranks.world_size)
     folder = run_folder(recipe, recipe_name)
-    with process_group(ranks), listen() as stop, ExitStack() as opened:
+    with process_group(ranks), listen(recipe.run.stop_signals) as signals, ExitStack() as opened:
         source = _on_all(lambda: open_source(recipe), name_rank=True)
         notes = _warm_up(recipe, ranks, source)
         _on_all(lambda: opened.enter_context(open_run_folder(folder, recipe, notes)) if ranks.main else None)
@@ -126,11 +127,11 @@ def pretrain(recipe: Recipe, recipe_name: str) -> Outcome:
         )
         with loader:
             trainer = Trainer(recipe, ranks, micro_batch, accumulation)
-            return _loop(recipe, ranks, folder, loader, trainer, stop)
+            return _loop(recipe, ranks, folder, loader, trainer, signals)
 
 
 def _loop(
-    recipe: Recipe, ranks: Ranks, folder: Path, loader: PretrainLoader, trainer: Trainer, stop: StopRequest
+    recipe: Recipe, ranks: Ranks, folder: Path, loader: PretrainLoader, trainer: Trainer, signals: StopRequest
 ) -> Outcome:
     schedule = Schedule(recipe, loader.steps_per_epoch)
     stop_step = min(schedule.total_steps, recipe.train.max_steps or schedule.total_steps)
@@ -138,20 +139,22 @@ def _loop(
     watch = Watch(recipe, ranks, folder, trainer, loader.steps_per_epoch, stop_step, loader.names)
     step, stopped = watch.resume(trainer), False
     bad_samples = BadSampleWatch(loader, folder, ranks, recipe.data.max_bad_share, watch.say)
+    stop = StopConditions(recipe, ranks, folder, signals, lambda: watch.saver.slowest, watch.say)
     batches = _batches(loader, watch, step, stop_step)
     try:
         while step < stop_step and not stopped:
+            last = step + 1 == stop_step
+            flushing = last or (step + 1) % recipe.run.log_every == 0 or (step + 1) % save_every == 0
             lr, decay = schedule.lr(step), schedule.ema_decay(step)
             metrics = trainer.update(
                 watch.timed(itertools.islice(batches, trainer.accumulation)),
                 lr,
                 decay,
-                Votes(stop.requested, watch.saver.busy),
+                Votes(stop.wanted(flushing), watch.saver.busy),
             )
             step += 1
             watch.record(step, metrics, lr, decay)
-            last = step == stop_step
-            if last or step % recipe.run.log_every == 0 or step % save_every == 0:
+            if flushing:
                 stopped = watch.flush(bad_samples) and not last
                 if (back := watch.rewind(trainer)) is not None:
                     step = back
@@ -160,9 +163,9 @@ def _loop(
                     continue  # a stop that was asked for ends the loop: what it would save is saved
             if last or stopped or step % save_every == 0:
                 watch.save(step, trainer, wait=last or stopped)
+        return watch.outcome(step, stop.agree() if stopped else None)
     finally:
         watch.close()
-    return watch.outcome(step, (stop.signal_name or "a signal to another rank") if stopped else None)
 
 
 def _batches(loader: PretrainLoader, watch: Watch, start: int, stop: int) -> Generator[Batch, None, None]:

@@ -36,7 +36,7 @@ class Outcome:
         folder: the run folder.
         step, steps: optimizer steps done and asked for.
         resumed_from: step of the checkpoint it continued, or None.
-        stopped_by: what ended it early (a signal, here or on another rank), or None.
+        stopped_by: what ended it early (a signal and the rank it came to, `time limit`, `stop file`), or None.
         loss: of the last step recorded in this process.
         images_per_second: over this process's steps, all ranks together.
         events: how many of each kind went to events.jsonl in this process.
@@ -233,6 +233,8 @@ class Watch:
 
     def outcome(self, step: int, stopped_by: str | None) -> Outcome:
         """How the run ended."""
+        if stopped_by is not None and self._events is not None:
+            self._events.write("stopped", step=step, by=stopped_by)
         seconds, steps = time.monotonic() - self._started, step - self._first
         speed = steps * self._recipe.train.global_batch / seconds if steps else None
         return Outcome(

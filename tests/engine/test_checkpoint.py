@@ -518,7 +518,7 @@ def test_a_stop_signal_during_a_save_does_not_break_it(tmp_path: Path) -> None:
     from lut_ds.engine.signals import listen
 
     run = Run(tmp_path)
-    with listen() as stop:
+    with listen(["SIGUSR1"]) as stop:
         os.kill(os.getpid(), signal.SIGUSR1)
         run.save(1)
         assert stop.signal_name == "SIGUSR1"
