@@ -19,7 +19,7 @@ from lut_ds.engine.step import check_batch_norm, split_batch
 from lut_ds.errors import UserError
 
 LAUNCHERS = ("srun", "torchrun", "deepspeed", "deepspeed-slurm")
-STOP_SIGNAL = "USR1"  # from Slurm to the batch script, and from there to the ranks
+WARNING = "USR1"  # from Slurm to the batch script alone, which traps it; the ranks get `stop_signal`
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ def render(tasks: list[Task], wanted: Resources, name: str) -> str:
         "qos": wanted.qos,
         "constraint": wanted.constraint,
         "array": f"0-{len(tasks) - 1}" if len(tasks) > 1 else None,
-        "signal": f"B:{STOP_SIGNAL}@{wanted.warn_seconds}",
+        "signal": f"B:{WARNING}@{wanted.warn_seconds}",
         "open-mode": "append",
         "chdir": Path.cwd(),
         "output": f"{str(folder).replace('%', '%%')}/submit/slurm-{pattern}.out",
@@ -183,17 +183,32 @@ def _settings(tasks: list[Task], wanted: Resources) -> list[str]:
         f"python={shlex.quote('python' if wanted.container else sys.executable)}",
         f"launcher={wanted.launcher}",
         f"ranks_per_node={wanted.ranks_a_node}",
-        f"stop_signal={STOP_SIGNAL}",
     ]
     if wanted.container:
         mounts = sorted({"/dev/shm", str(Path.cwd()), *(str(p) for task in tasks for p in _seen(task))})
         options = [f"--container-image={wanted.container}", f"--container-mounts={','.join(mounts)}"]
         options += [f"--container-workdir={Path.cwd()}", "--no-container-mount-home"]
         lines.append(f"srun_options=({shlex.join(options)})")
+    own = [f"stop_signal={stop_signal(task.recipe)} arguments=({shlex.join(task.arguments)})" for task in tasks]
     if len(tasks) == 1:
-        return [*lines, f"arguments=({shlex.join(tasks[0].arguments)})"]
-    cases = [f"{index}) arguments=({shlex.join(task.arguments)}) ;;" for index, task in enumerate(tasks)]
+        return [*lines, *own]
+    cases = [f"{index}) {line} ;;" for index, line in enumerate(own)]
     return [*lines, 'case "$SLURM_ARRAY_TASK_ID" in', *cases, "esac"]
+
+
+def stop_signal(recipe: Recipe) -> str:
+    """What tells the ranks to save and stop, as Slurm names it: USR1 if they listen to it, else the first they do.
+
+    Raises:
+        UserError: they listen to none, so that a warning would end them without a checkpoint.
+    """
+    names = [name.removeprefix("SIG") for name in recipe.run.stop_signals]
+    if not names:
+        raise UserError(
+            "run.stop_signals: expected at least one signal for a job, found none: nothing could tell the ranks to save "
+            "before the time limit; leave the default, or name one"
+        )
+    return "USR1" if "USR1" in names else names[0]
 
 
 def _seen(task: Task) -> list[Path]:

@@ -85,6 +85,22 @@ def test_a_sweep_gives_each_task_its_own_run(recipe: str, tmp_path: Path) -> Non
     assert shown[1].splitlines()[2:] == ["optim.blr=1e-4", "run.wandb_project=two words", f"run.dir={folder}/001"]
 
 
+def test_the_ranks_are_told_by_a_signal_that_they_listen_to(recipe: str, tmp_path: Path) -> None:
+    def told(text: str, **env: str) -> str:
+        return run_settings(text, 'echo "$stop_signal"', **env).strip()
+
+    assert told(script(recipe)) == "USR1"
+    other = script(recipe, "run.stop_signals=[SIGUSR2,SIGTERM]")
+    assert told(other) == "USR2"
+    assert options(other)["signal"] == "B:USR1@180"  # the batch script's own, which it traps
+    with pytest.raises(UserError, match=r"run\.stop_signals: expected at least one signal"):
+        script(recipe, "run.stop_signals=[]")
+    sweep = tmp_path / "sweep"
+    sweep.write_text("run.stop_signals=[SIGHUP]\noptim.blr=1e-4\n")
+    text = script(recipe, sweep=str(sweep))
+    assert [told(text, SLURM_ARRAY_TASK_ID=str(task)) for task in range(2)] == ["HUP", "USR1"]
+
+
 def test_setup_lines_come_before_the_body_and_a_cpu_job_says_so(recipe: str, tmp_path: Path) -> None:
     setup = tmp_path / "setup.sh"
     setup.write_text("export NCCL_DEBUG=INFO\n")
