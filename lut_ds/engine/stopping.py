@@ -11,6 +11,8 @@ from lut_ds.engine.launch import Ranks
 from lut_ds.engine.signals import StopRequest
 from lut_ds.engine.timelimit import end_time
 
+LEAST_EXTENSION = 60.0  # seconds: below it is the coarseness of what Slurm says
+
 
 class StopConditions:
     """This rank's reasons to stop, asked before every step; rank 0 watches clock and file for all.
@@ -36,12 +38,17 @@ class StopConditions:
         self._ranks, self._signals, self._save_seconds = ranks, signals, save_seconds
         self._file = folder / "stop"
         self._log_every, self._margin = recipe.run.log_every, recipe.run.stop_margin
-        self._end = end_time(recipe.run.time_limit) if ranks.main else None
+        self._limit, self._say = recipe.run.time_limit, say
+        self._end = end_time(self._limit) if ranks.main else None
         self._reason: str | None = None
         self._last, self._step_seconds = time.monotonic(), 0.0
         if self._end is not None:
+            left = max(0.0, self._end - time.time())
             say(
-                f"time limit in {max(0.0, self._end - time.time()) / 60:.0f} minutes: the run saves and stops before it"
+                f"time limit in {left / 60:.0f} minutes: the run saves and stops before it"
+                if left > self._margin
+                else f"time limit in {left:.0f} s, less than run.stop_margin {self._margin:g} s: the run stops after its "
+                "first steps; lower run.stop_margin, or allow more time"
             )
 
     def wanted(self, flushing: bool) -> bool:
@@ -61,9 +68,19 @@ class StopConditions:
     def _of_main(self, flushing: bool) -> str | None:
         if not self._ranks.main:
             return None
-        if self._end is not None and self._end - time.time() < self.needed():
+        if self._end is not None and self._end - time.time() < self.needed() and not self._extended():
             return "time limit"
         return "stop file" if flushing and self._file.exists() else None
+
+    def _extended(self) -> bool:
+        """Whether the job was given more time since it started; asked once, when there is none left."""
+        assert self._end is not None
+        end = end_time(self._limit, again=True)
+        if end is None or end < self._end + LEAST_EXTENSION:
+            return False
+        self._end = end
+        self._say("the time limit was extended: the run goes on")
+        return True
 
     def needed(self) -> float:
         """Seconds before the time limit at which to stop: steps up to the next count of votes, a save, and the margin."""

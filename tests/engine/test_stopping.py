@@ -1,9 +1,10 @@
 """What stops a run before its last step, and when: signals, the time limit, a stop file."""
 
 import json
+import math
 import os
+import re
 import signal
-import subprocess
 import time
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from lut_ds.engine.stopping import StopConditions
 from lut_ds.engine.timelimit import end_time
 from lut_ds.errors import UserError
 from lut_ds.tracking import read_events, read_metrics
-from tests.engine.launching import start_ranks
+from tests.engine.launching import Process, start_ranks
 from tests.engine.test_resume import STEPS, command, run_ranks, wait_for_records, write_recipe
 
 STARTED = psutil.Process().create_time()
@@ -54,10 +55,34 @@ def test_the_jobs_end_is_slurms(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     monkeypatch.setenv("PATH", str(tmp_path))  # no squeue
     assert end_time("auto", {"SLURM_JOB_ID": "7"}) is None
     squeue = tmp_path / "squeue"
-    squeue.write_text('#!/bin/sh\n[ "$*" = "--noheader --jobs 7 --format %L" ] && echo 1:00:00 || echo UNLIMITED\n')
+    squeue.write_text(
+        '#!/bin/sh\ncase "$*" in *" 7 --format %L") echo 1:00:00 ;; *" 8 "*) echo UNLIMITED ;; *) exit 1 ;; esac\n'
+    )
     squeue.chmod(0o755)
     assert end_time("auto", {"SLURM_JOB_ID": "7"}) == pytest.approx(time.time() + 3600, abs=20)
     assert end_time("auto", {"SLURM_JOB_ID": "8"}) is None
+    assert end_time("auto", {"SLURM_JOB_ID": "8"}, again=True) == math.inf
+    assert end_time("auto", {"SLURM_JOB_ID": "9"}, again=True) is None  # no such job
+    stated = {"SLURM_JOB_ID": "9", "SLURM_JOB_END_TIME": "1800000000"}
+    assert end_time("auto", stated, again=True) == 1800000000
+
+
+def test_a_limit_that_was_extended_is_asked_for_once_there_is_no_time_left(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "squeue").write_text(f"#!/bin/sh\necho asked >>{tmp_path}/asked\ncat {tmp_path}/left\n")
+    (tmp_path / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(round(time.time()) + 60))
+    (tmp_path / "left").write_text("01:00:00\n")  # scontrol update jobid=7 timelimit=+60
+    stop = conditions(tmp_path, "run.stop_margin=100")
+    assert not stop.wanted(False)
+    assert not stop.wanted(False)
+    assert (tmp_path / "asked").read_text() == "asked\n"
+    assert "extended" in capsys.readouterr().out
+    (tmp_path / "left").write_text("1:01\n")  # no more than before
+    assert conditions(tmp_path, "run.stop_margin=100").wanted(False)
 
 
 def conditions(folder: Path, *overrides: str, save_seconds: float = 0.0) -> StopConditions:
@@ -68,11 +93,14 @@ def conditions(folder: Path, *overrides: str, save_seconds: float = 0.0) -> Stop
     return StopConditions(recipe, alone, folder, StopRequest(), lambda: save_seconds, print)
 
 
-def test_the_time_limit_leaves_room_for_steps_and_saves(tmp_path: Path) -> None:
+def test_the_time_limit_leaves_room_for_steps_and_saves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """60 s left: enough for a margin of 40 s, not for two saves of 15 s besides, nor for eleven steps of 0.4 s and 57 s."""
     limit = f"run.time_limit={round(time.time() - STARTED) + 60}"
     assert not conditions(tmp_path, limit, "run.stop_margin=40").wanted(False)
     assert conditions(tmp_path, limit, "run.stop_margin=40", save_seconds=15).wanted(False)
+    assert "less than" not in capsys.readouterr().out
+    assert conditions(tmp_path, limit, "run.stop_margin=90").wanted(False)
+    assert re.search(r"limit in (60|59) s, less than run.stop_margin 90 s: .* first steps", capsys.readouterr().out)
     slow = conditions(tmp_path, limit, "run.stop_margin=57")
     time.sleep(0.4)
     assert slow.wanted(False)
@@ -97,7 +125,7 @@ def test_only_the_named_signals_are_taken() -> None:
         load_recipe("demo", ["run.stop_signals=[SIGKILL]"])
 
 
-def stopped(processes: list[subprocess.Popen[str]], run: Path) -> str:
+def stopped(processes: list[Process], run: Path) -> str:
     """Wait for ranks that stop with a checkpoint of their last step; returns what stopped them."""
     outputs = [process.communicate(timeout=120) for process in processes]
     assert [process.returncode for process in processes] == [3] * len(processes), outputs
