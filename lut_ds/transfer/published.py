@@ -2,6 +2,7 @@
 
 import argparse
 import pickle
+import warnings
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -108,7 +109,8 @@ def read_published(path: str | Path, kind: Literal["student", "ema"], heads: int
 def _load(path: Path) -> Mapping[Any, Any]:
     try:
         # The published code saves its arguments along; a Namespace only holds values.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, about pickles that are not its own: they are refused below
             content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"checkpoint: {path}: no such file") from None

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -139,9 +140,15 @@ def changed(width: int = 384, **changes: Tensor | None) -> dict[str, Tensor]:
 def test_what_a_file_holds_is_never_run(tmp_path: Path) -> None:
     marker = tmp_path / "pwned"
     file = saved(tmp_path / "bad.pth", model=encoder_state(384), more=Pwned(marker))
-    with pytest.raises(UserError, match="cannot be read safely"):
-        read_published(file, "student")
+    (tmp_path / "evil.pth").write_bytes(pickle.dumps(Pwned(marker)))
+    for path in (file, tmp_path / "evil.pth"):
+        with pytest.raises(UserError, match="cannot be read safely"):
+            read_published(path, "student")
+    done = lut_ds("export", "evil.pth", "--student", "-o", "out", cwd=tmp_path)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
     assert not marker.exists()
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
