@@ -166,17 +166,60 @@ def test_a_folder_without_images(recipe: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_an_image_that_cannot_be_read_ends_the_run_with_its_name(recipe: Path, tmp_path: Path, digits: Path) -> None:
+def test_an_image_that_cannot_be_read_is_replaced_and_named_unless_there_are_too_many(
+    recipe: Path, tmp_path: Path, digits: Path
+) -> None:
     shutil.copytree(digits / "train" / "0", tmp_path / "images" / "0")
     bad = sorted((tmp_path / "images" / "0").iterdir())[7]
     bad.write_bytes(b"junk")
     # More steps than an epoch: the image comes up for certain.
-    done = lut_ds("pretrain", recipe, f"data.path={tmp_path}/images", "train.max_steps=20", "run.save_every=1")
-    assert done.returncode in (FAULT, BAD_INPUT)
+    arguments = ["pretrain", recipe, f"data.path={tmp_path}/images", "train.max_steps=20"]
+    done = lut_ds(*arguments, "--json")
+    assert done.returncode == DONE, done.stderr[-3000:]
+    assert json.loads(done.stdout)["step"] == 20
+    (listed,) = map(json.loads, (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines())
+    assert Path(listed["name"]).name == bad.name
+    assert done.stderr.count(f"data: {bad}: ") == 1
+    for file in bad.parent.iterdir():
+        file.write_bytes(b"junk")
+    done = lut_ds(*arguments, f"run.dir={tmp_path}/other")
+    assert done.returncode == FAULT
+    assert done.stdout == ""
+    images = len(list(bad.parent.iterdir()))
+    assert done.stderr.splitlines()[-1].startswith(
+        f"lut-ds: data: none of the {images} images of data.path can be used"
+    )
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["run", "run/checkpoints"])
+def test_a_run_folder_that_may_not_be_written(recipe: Path, tmp_path: Path, where: str) -> None:
+    """A read-only mount, which stops root too."""
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    mounts = ["mount --bind $0 $0", "mount -o remount,bind,ro $0"]
+    if subprocess.run(["unshare", "-rm", "sh", "-ec", "; ".join(mounts), tmp_path / where], check=False).returncode:
+        pytest.skip("needs the right to mount in a namespace of its own")
+    script = "; ".join([*mounts, 'exec "$@"'])
+    command = [
+        "unshare",
+        "-rm",
+        "sh",
+        "-ec",
+        script,
+        tmp_path / where,
+        sys.executable,
+        "-m",
+        "lut_ds",
+        "pretrain",
+        recipe,
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240, cwd="/")
+    assert done.returncode == BAD_INPUT, done.stderr[-3000:]
     assert done.stdout == ""
     line = done.stderr.splitlines()[-1]
-    assert line.startswith("lut-ds: ")
-    assert bad.name in line
+    assert line.startswith(f"lut-ds: run.dir: {tmp_path / where}")
+    assert "Read-only file system" in line
     assert "Traceback" not in done.stderr
 
 

@@ -16,6 +16,7 @@ from lut_ds.engine import files
 from lut_ds.engine.checkpoint import CheckpointStore
 from lut_ds.engine.launch import Ranks
 from lut_ds.engine.manifest import step_name, verify
+from lut_ds.engine.runfolder import tracker_id
 from lut_ds.engine.saving import Saver
 from lut_ds.errors import RunFault, UserError
 from lut_ds.tracking import EventLog
@@ -137,3 +138,19 @@ def test_a_checkpoint_of_another_recipe_is_refused(tmp_path: Path) -> None:
     put(8, {})
     with pytest.raises(UserError, match="expected a recipe in it, found none"):
         saver().find()
+
+
+def test_a_lost_tracker_id_comes_back_from_the_checkpoint(tmp_path: Path) -> None:
+    """The same wandb run goes on when only the checkpoints of a run folder were kept."""
+    recipe, ranks = load_recipe("demo"), Ranks(0, 1, 0, torch.device("cpu"), "none")
+    saver = Saver(recipe, ranks, tmp_path, 4, print, EventLog(tmp_path / "e"))
+    known = tracker_id(tmp_path)
+    CheckpointStore(tmp_path / "checkpoints", 0, 1, 9, None, print).save(
+        4, {"w": torch.zeros(3)}, {}, {}, saver._content(4)
+    )
+    (tmp_path / "tracker_id").unlink()
+    found = saver.find()
+    assert found is not None
+    saver.report_resume(*found)
+    assert (tmp_path / "tracker_id").read_text() == known + "\n"
+    assert tracker_id(tmp_path) == known
