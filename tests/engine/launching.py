@@ -1,11 +1,20 @@
 """Starting real ranks from tests."""
 
+import atexit
+import functools
+import json
 import os
+import signal
 import socket
 import subprocess
+import sys
+import tempfile
+import time
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
+GPUS = Path("/dev/nvidiactl").exists()  # what CUDA has opened does not survive a fork
 
 
 def free_port() -> int:
@@ -15,27 +24,110 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def start_ranks(command: list[str], world_size: int, **env: str) -> list[subprocess.Popen[str]]:
-    """One process a rank with the environment that torchrun would set."""
-    port = free_port()
+class Nursery:
+    """The process that forks ranks (tests/engine/nursery.py); one for each process that runs tests."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.engine.nursery"],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.files = tempfile.TemporaryDirectory(prefix="ranks")
+        atexit.register(self.close)
+
+    def ask(self, **request: Any) -> int | None:
+        """A request and its answer."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        answer: int | None = json.loads(self._process.stdout.readline())
+        return answer
+
+    def close(self) -> None:
+        """End it, and whatever rank was forgotten."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(30)
+        self.files.cleanup()
+
+
+@functools.cache
+def nursery() -> Nursery:
+    """This process's."""
+    return Nursery()
+
+
+class Rank:
+    """A rank that the nursery forked, with what tests need of `subprocess.Popen`."""
+
+    def __init__(self, module: str, arguments: list[str], env: dict[str, str]) -> None:
+        self._nursery = nursery()
+        self._said = [Path(tempfile.mkstemp(dir=self._nursery.files.name)[1]) for _ in range(2)]
+        out, err = map(str, self._said)
+        pid = self._nursery.ask(module=module, arguments=arguments, env=env, cwd=str(ROOT), out=out, err=err)
+        assert pid is not None
+        self.pid, self.args = pid, [module, *arguments]
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        """The exit status; None while it runs."""
+        if self.returncode is None:
+            self.returncode = self._nursery.ask(poll=self.pid)
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait for its end."""
+        deadline = time.monotonic() + (timeout if timeout is not None else float("inf"))
+        while (code := self.poll()) is None:
+            if time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired(self.args, timeout or 0)
+            time.sleep(0.01)
+        return code
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        """Wait for its end; what it wrote to standard output and error."""
+        self.wait(timeout)
+        out, err = (file.read_text(errors="replace") for file in self._said)
+        return out, err
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal, unless it has ended."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """End it at once."""
+        self.send_signal(signal.SIGKILL)
+
+
+Process = subprocess.Popen[str] | Rank
+
+
+def start_ranks(command: list[str], world_size: int, **env: str) -> list[Process]:
+    """One process a rank with the environment that torchrun would set; `python -m` commands are forked where that works."""
     shared = {
+        **os.environ,
         "WORLD_SIZE": str(world_size),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": str(free_port()),
         "OMP_NUM_THREADS": "1",
         **env,
     }
+    forked = not GPUS and not env  # what is set may be read while modules load
     return [
-        subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(world_size)
+        _start(command, {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, forked) for rank in range(world_size)
     ]
+
+
+def _start(command: list[str], env: dict[str, str], forked: bool) -> Process:
+    if forked and command[:2] == [sys.executable, "-m"]:
+        return Rank(command[2], command[3:], env)
+    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def run_ranks(command: list[str], world_size: int, timeout: float = 300, **env: str) -> list[tuple[str, str]]:

@@ -1,6 +1,7 @@
 """Runs that are killed, stopped or resized continue as if nothing had happened."""
 
 import json
+import os
 import random
 import signal
 import subprocess
@@ -10,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
-from lut_ds.tracking import read_metrics
-from tests.engine.launching import ROOT, run_ranks, start_ranks
+from lut_ds.engine.files import describe_file
+from lut_ds.tracking import read_events, read_metrics
+from tests.engine.launching import ROOT, Process, run_ranks, start_ranks
 from tests.engine.tiny import tiny_tree
 
 STEPS = 14
@@ -40,7 +43,7 @@ def curve(run: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in r.items() if k not in VOLATILE} for r in read_metrics(run / "metrics.jsonl")]
 
 
-def wait_for_records(run: Path, count: int, processes: list[subprocess.Popen[str]], timeout: float = 120) -> None:
+def wait_for_records(run: Path, count: int, processes: list[Process], timeout: float = 120) -> None:
     deadline = time.monotonic() + timeout
     while len(read_metrics(run / "metrics.jsonl")) < count:
         assert time.monotonic() < deadline, "no progress"
@@ -81,18 +84,30 @@ def test_kill_at_a_random_step_continues_bit_identically(
     assert curve(run) == undisturbed[zero]
 
 
+SIZES = [(1, "zero1"), (2, "zero2"), (4, "zero1"), (3, "zero3"), (1, "zero0")]
+
+
 @pytest.mark.slow
-def test_another_world_size_and_stage_continue_the_same_samples(
-    undisturbed: dict[str, list[dict[str, Any]]], digits: Path, tmp_path: Path
-) -> None:
-    recipe, run = write_recipe(tmp_path, digits, tmp_path / "run", deepspeed="zero1"), tmp_path / "run"
-    run_ranks(command(recipe, "train.max_steps=4"), 2)
-    run_ranks(command(recipe, "train.max_steps=8", "train.deepspeed=zero2"), 1)
-    run_ranks(command(recipe, "train.max_steps=11", "train.deepspeed=zero3"), 2)
-    run_ranks(command(recipe, "train.deepspeed=zero0"), 1)
-    for found, expected in zip(curve(run), undisturbed["zero1"], strict=True):
-        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5), found["step"]
-        assert found["lr"] == expected["lr"]
+def test_other_world_sizes_and_stages_continue_the_same_samples(digits: Path, tmp_path: Path) -> None:
+    """1, 2, 4 and 3 ranks with stages 1 to 2, 2 to 1 and 3, two steps each, against two ranks all along."""
+    recipe, run = write_recipe(tmp_path, digits, tmp_path / "run"), tmp_path / "run"
+    batch, steps = "train.global_batch=24", 2 * len(SIZES)
+    run_ranks(command(recipe, batch, f"train.max_steps={steps}", f"run.dir={tmp_path}/whole"), 2)
+    for number, (ranks, stage) in enumerate(SIZES, start=1):
+        overrides = [batch, f"train.max_steps={2 * number}", f"train.deepspeed={stage}"]
+        said = run_ranks(command(recipe, *overrides), ranks)[0][1]
+        before = SIZES[number - 2][0]
+        assert (
+            number == 1 or f"continuing {run} from step_{2 * number - 2:08d}, resized {before} -> {ranks} ranks" in said
+        )
+    found, expected = curve(run), curve(tmp_path / "whole")
+    assert [record["step"] for record in found] == list(range(1, steps + 1))
+    for one, other in zip(found, expected, strict=True):
+        for name in ("loss", "mae", "bc", "grad_norm"):
+            assert one[name] == pytest.approx(other[name], rel=1e-5), (one["step"], name)
+        assert (one["lr"], one["ema_decay"]) == (other["lr"], other["ema_decay"])
+    resumed = [event for event in read_events(run / "events.jsonl") if event["event"] == "resumed"]
+    assert [(event["ranks_before"], event["ranks"]) for event in resumed] == [(1, 2), (2, 4), (4, 3), (3, 1)]
 
 
 @pytest.mark.slow
@@ -112,21 +127,49 @@ def test_a_signal_saves_and_exits_3_and_the_next_start_continues(
     assert curve(run) == undisturbed["zero1"]
 
 
+class Malicious:
+    """Unpickling this makes a folder."""
+
+    def __init__(self, sign: Path) -> None:
+        self.sign = sign
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.sign),)
+
+
 @pytest.mark.slow
-def test_a_damaged_checkpoint_is_passed_over(
+def test_a_malicious_checkpoint_is_passed_over_and_never_executed(
     undisturbed: dict[str, list[dict[str, Any]]], digits: Path, tmp_path: Path
 ) -> None:
-    recipe, run = write_recipe(tmp_path, digits, tmp_path / "run", deepspeed="zero1"), tmp_path / "run"
+    """Pickles in the places of our files, with size and hash made right, and one more beside them."""
+    recipe, run, sign = (
+        write_recipe(tmp_path, digits, tmp_path / "run", deepspeed="zero1"),
+        tmp_path / "run",
+        tmp_path / "x",
+    )
     run_ranks(command(recipe, "train.max_steps=9"), 2)
     newest = run / "checkpoints" / (run / "checkpoints" / "latest").read_text().strip()
-    file = newest / "rank_00001.safetensors"
-    content = bytearray(file.read_bytes())
-    content[-10] ^= 1
-    file.write_bytes(content)
+    manifest = json.loads((newest / "manifest.json").read_text())
+    for name in ("rank_00001.safetensors", "shared.safetensors", "evil.pt"):
+        torch.save(Malicious(sign), newest / name)
+    for name in manifest["files"]:
+        manifest["files"][name] = describe_file(newest / name)
+    (newest / "manifest.json").write_text(json.dumps(manifest))
+    read = "import sys; from lut_ds.transfer.load import *; load_student(find_checkpoint(sys.argv[1]))"
+    for program in (["-c", read, newest], ["-m", "lut_ds", "export", newest, "-o", tmp_path / "out"]):
+        done = subprocess.run(
+            [sys.executable, *map(str, program)], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        assert done.returncode != 0
+        assert f"{newest}: damaged: rank_00001.safetensors" in done.stderr.splitlines()[-1]
     (out, err), _ = run_ranks(command(recipe), 2)
     assert json.loads(out)["resumed_from"] == 8
     assert f"{newest.name} is damaged" in err
     assert curve(run) == undisturbed["zero1"]
+    assert not sign.exists()
+    torch.save(Malicious(sign), tmp_path / "evil.pt")
+    torch.load(tmp_path / "evil.pt", weights_only=False)
+    assert sign.exists()  # the trap works
 
 
 @pytest.mark.slow

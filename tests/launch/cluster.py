@@ -72,13 +72,13 @@ class Cluster:
         """Run `lut-ds` on the controller's machine, as on a login node."""
         return self.run(sys.executable, "-m", "lut_ds", *arguments, check=check)
 
-    def until(self, true: Callable[[], Any], timeout: float, what: str) -> None:
-        """Wait for a condition."""
+    def until(self, true: Callable[[], Any], timeout: float, what: str, every: float = 0.05) -> None:
+        """Wait for a condition, looked at `every` so many seconds."""
         deadline = time.monotonic() + timeout
         while not true():
             assert self._shell.poll() is None, "the cluster ended: " + (self.folder / "cluster.log").read_text()[-3000:]
             assert time.monotonic() < deadline, f"waited {timeout:.0f} s for: {what}\n{self.logs()}"
-            time.sleep(0.05)
+            time.sleep(every)
 
     def field(self, job: object, name: str) -> str:
         """A field of `scontrol show job`."""
@@ -87,8 +87,15 @@ class Cluster:
 
     def wait_for(self, job: object, *states: str, timeout: float = 150) -> str:
         """Wait until a job is in one of the states; returns it."""
-        self.until(lambda: self.field(job, "JobState") in states, timeout, f"job {job} in {states}")
-        return self.field(job, "JobState")
+        found: list[str] = []
+
+        def reached() -> bool:
+            found.append(self.field(job, "JobState"))
+            return found[-1] in states
+
+        # Each look starts processes, on the cores that the ranks need.
+        self.until(reached, timeout, f"job {job} in {states}", every=0.4)
+        return found[-1]
 
     def wait_for_steps(self, run: Path, count: int, timeout: float = 120) -> None:
         """Wait until a run has recorded so many steps."""

@@ -1,6 +1,7 @@
 """Real jobs on a real Slurm of two nodes with CPU ranks: submitted, warned, preempted, resized, crashed, cancelled."""
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from lut_ds.engine.submit import Resources
+from lut_ds.engine.submit import submit as write_script
 from lut_ds.tracking import read_metrics
 from tests.engine.launching import run_ranks
 from tests.engine.test_resume import command, curve, write_recipe
@@ -45,10 +48,14 @@ def recipe_of(folder: Path, digits: Path, steps: int = STEPS) -> Path:
     return path
 
 
-def submit(cluster: Cluster, recipe: Path, *options: object) -> int:
-    """Submit with one CPU rank a node; returns the job."""
-    done = cluster.lut_ds("submit", recipe, "--gpus-per-node", 0, "--cpus-per-task", 1, *options, "--json")
-    return int(json.loads(done.stdout)["job"])
+def submit(cluster: Cluster, recipe: Path, *overrides: str, sweep: Path | None = None, **wanted: Any) -> int:
+    """Submit with one CPU rank a node, as `lut-ds submit` does but without starting an interpreter; returns the job."""
+    resources = Resources(**{"gpus_per_node": 0, "cpus_per_task": 1, **wanted})
+    made, _ = write_script(str(recipe), list(overrides), resources, os.environ, sweep and str(sweep), dry_run=True)
+    script = recipe.parent / "job.sbatch"
+    script.write_text(made["script"])
+    (recipe.parent / "run" / "submit").mkdir(parents=True)
+    return int(cluster.run("sbatch", "--parsable", script).stdout)
 
 
 def starts(run: Path) -> list[dict[str, Any]]:
@@ -77,9 +84,9 @@ def faulty(cluster: Cluster, digits: Path) -> tuple[int, Path]:
     """A job whose interpreter cannot start, and its run folder; it restarts while other tests run."""
     folder = cluster.folder / "faulty"
     recipe, run = recipe_of(folder, digits), folder / "run"
-    done = cluster.lut_ds("submit", recipe, "--gpus-per-node", 0, "--dry-run", "--json")
+    made, _ = write_script(str(recipe), [], Resources(gpus_per_node=0), os.environ, dry_run=True)
     script = folder / "job.sbatch"
-    script.write_text(re.sub(r"(?m)^python=.*$", "python=/bin/false", json.loads(done.stdout)["script"]))
+    script.write_text(re.sub(r"(?m)^python=.*$", "python=/bin/false", made["script"]))
     (run / "submit").mkdir(parents=True)
     return int(cluster.run("sbatch", "--parsable", script).stdout), run
 
@@ -89,7 +96,8 @@ def test_preempted_twice_and_resized_sees_the_same_samples(
 ) -> None:
     """Two nodes; an urgent job takes them, twice; then it is resized to one."""
     recipe, run, done = recipe_of(folder, digits), folder / "run", 0
-    job = submit(cluster, recipe, "--nodes", 2, "--partition", "spare")
+    options = ["--nodes", 2, "--partition", "spare", "--gpus-per-node", 0, "--cpus-per-task", 1]
+    job = int(json.loads(cluster.lut_ds("submit", recipe, *options, "--json").stdout)["job"])
     for preemption in (1, 2):
         cluster.wait_for_steps(run, done + 10)
         cluster.run("sbatch", "-p", "urgent", "-N2", "--exclusive", "-o", "/dev/null", "--wrap", "true")
@@ -132,7 +140,7 @@ def test_a_node_without_power_requeues(
     cluster: Cluster, digits: Path, folder: Path, undisturbed: list[dict[str, Any]]
 ) -> None:
     recipe, run = recipe_of(folder, digits), folder / "run"
-    job = submit(cluster, recipe, "--nodes", 2)
+    job = submit(cluster, recipe, nodes=2)
     cluster.wait_for_steps(run, 42)
     cluster.run("local-slurm-node", "crash", "node2")
     cluster.run(
@@ -146,7 +154,7 @@ def test_a_node_without_power_requeues(
 
 def test_a_cancelled_job_ends_and_leaves_no_process(cluster: Cluster, digits: Path, folder: Path) -> None:
     recipe, run = recipe_of(folder, digits, steps=900), folder / "run"
-    job = submit(cluster, recipe, "--nodes", 2, "train.epochs=40")
+    job = submit(cluster, recipe, "train.epochs=40", nodes=2)
     cluster.wait_for_steps(run, 4)
     assert cluster.processes(f"run.dir={run}")
     cluster.run("scancel", job)
@@ -163,7 +171,7 @@ def test_data_that_one_node_lacks_is_refused_and_not_requeued(cluster: Cluster, 
     """/dev/shm is each node's own. Exit 2 on the first start is the end."""
     cluster.run("srun", "-N1", "-w", "node1", "cp", "-r", digits, "/dev/shm/digits")
     recipe = recipe_of(folder, Path("/dev/shm/digits"))
-    job = submit(cluster, recipe, "--nodes", 2, "--data-on-nodes")
+    job = submit(cluster, recipe, nodes=2, data_on_nodes=True)
     assert cluster.wait_for(job, "COMPLETED", "FAILED", "PENDING") != "COMPLETED"
     assert cluster.wait_for(job, "FAILED") == "FAILED"
     assert cluster.field(job, "ExitCode") == "2:0"
@@ -195,7 +203,7 @@ def test_a_fault_is_tried_again_a_few_times(cluster: Cluster, faulty: tuple[int,
 def test_a_sweep_is_a_job_array(cluster: Cluster, digits: Path, folder: Path) -> None:
     recipe = recipe_of(folder, digits, steps=4)
     (folder / "sweep").write_text("# two learning rates\noptim.blr=1e-3\n\noptim.blr=1e-4  run.seed=4\n")
-    job = submit(cluster, recipe, "--sweep", folder / "sweep")
+    job = submit(cluster, recipe, sweep=folder / "sweep")
     for task, rate in enumerate((1e-3, 1e-4)):
         assert cluster.wait_for(f"{job}_{task}", "COMPLETED", "FAILED") == "COMPLETED", cluster.logs()
         run = folder / "run" / f"{task:03d}"
@@ -203,15 +211,33 @@ def test_a_sweep_is_a_job_array(cluster: Cluster, digits: Path, folder: Path) ->
         assert f"blr: {rate}" in (run / "recipe.yaml").read_text()
 
 
-@pytest.mark.parametrize("launcher", ["deepspeed", "deepspeed-slurm"])
-def test_the_deepspeed_launcher(
-    cluster: Cluster, digits: Path, folder: Path, undisturbed: list[dict[str, Any]], launcher: str
+def test_deepspeeds_slurm_launcher(
+    cluster: Cluster, digits: Path, folder: Path, undisturbed: list[dict[str, Any]]
 ) -> None:
     recipe, run = recipe_of(folder, digits, steps=4), folder / "run"
-    job = submit(cluster, recipe, "--nodes", 2, "--launcher", launcher)
+    job = submit(cluster, recipe, nodes=2, launcher="deepspeed-slurm")
     assert cluster.wait_for(job, "COMPLETED", "FAILED") == "COMPLETED", cluster.logs()
     assert starts(run)[0]["cluster"]["hosts"] == ["node1", "node2"]
     assert curve(run) == undisturbed[:4]
+
+
+def test_the_stop_file_ends_the_job_under_the_deepspeed_launcher(
+    cluster: Cluster, digits: Path, folder: Path, undisturbed: list[dict[str, Any]]
+) -> None:
+    """A person's wish: the run is saved, and not started again. The launcher hides the ranks' exit code."""
+    recipe, run = recipe_of(folder, digits), folder / "run"
+    job = submit(cluster, recipe, nodes=2, launcher="deepspeed")
+    cluster.wait_for_steps(run, 2)
+    (run / "stop").touch()
+    assert cluster.wait_for(job, "COMPLETED", "FAILED", "PENDING") == "FAILED", cluster.logs()
+    assert (cluster.field(job, "ExitCode"), cluster.field(job, "Restarts")) == ("3:0", "0")
+    done = len(curve(run))
+    assert "stopped by the stop file with checkpoint" in (run / "submit" / f"slurm-{job}.out").read_text()
+    assert (run / "checkpoints" / "latest").read_text() == f"step_{done:08d}\n"
+    assert starts(run)[0]["cluster"]["hosts"] == ["node1", "node2"]
+    assert curve(run) == undisturbed[:done]
+    assert done < STEPS
+    assert not (run / "stop").exists()
 
 
 @pytest.mark.parametrize(

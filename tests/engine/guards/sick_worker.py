@@ -1,7 +1,7 @@
 """One rank of a run with an ailment: python -m tests.engine.guards.sick_worker AILMENT RECIPE; the last rank has it.
 
-`stalled`: reading data never returns. `flipped`: a weight changes by one bit at step 6. `sick`: reads slowly and leaks
-memory, while no rank's teacher follows the student.
+`stalled`: reading data never returns. `raising`: step 7 ends in an error of its own. `flipped`: a weight changes by one bit
+at step 6. `sick`: reads slowly and leaks memory, while no rank's teacher follows the student.
 """
 
 import os
@@ -17,7 +17,7 @@ from lut_ds.data import sources
 from lut_ds.engine.ema import WeightEMA
 from lut_ds.engine.step import Trainer
 
-FLIP_AT, STALL_AFTER = 6, 50
+FLIP_AT, RAISE_AT, STALL_AFTER = 6, 7, 50
 LEAK = 6 << 20  # bytes a step
 SLOW = 0.05  # seconds an image
 CHOSEN = os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1)
@@ -65,6 +65,11 @@ def flip(trainer: Trainer, step: int) -> None:
         next(trainer.student.parameters()).data.view(-1).view(torch.int32)[0] ^= 1
 
 
+def fail(trainer: Trainer, step: int) -> None:
+    if step == RAISE_AT:
+        raise RuntimeError("an error of this rank alone")
+
+
 def fall_ill(ailment: str) -> None:
     if ailment == "sick":
         WeightEMA.refresh = lambda self: None  # type: ignore[method-assign]
@@ -72,6 +77,8 @@ def fall_ill(ailment: str) -> None:
         read_through(stalled_read)
     if ailment == "flipped" and CHOSEN:
         after_update(flip)
+    if ailment == "raising" and CHOSEN:
+        after_update(fail)
     if ailment == "sick" and CHOSEN:
         read_through(lambda count: time.sleep(SLOW))
         after_update(lambda trainer, step: leaked.append(bytearray(b"x" * LEAK)))

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -13,8 +12,9 @@ from typing import Any
 import pytest
 import yaml
 
+from lut_ds.engine.manifest import verify
 from lut_ds.tracking import read_events, read_metrics
-from tests.engine.launching import run_ranks, start_ranks
+from tests.engine.launching import Process, run_ranks, start_ranks
 from tests.engine.tiny import tiny_tree
 
 HANG = 6.0
@@ -34,7 +34,7 @@ def sick(ailment: str, recipe: Path) -> list[str]:
     return [sys.executable, "-m", "tests.engine.guards.sick_worker", ailment, str(recipe)]
 
 
-def ended(processes: list[subprocess.Popen[str]], timeout: float) -> list[str]:
+def ended(processes: list[Process], timeout: float) -> list[str]:
     """Standard error of processes that must end by themselves."""
     try:
         return [process.communicate(timeout=timeout)[1] for process in processes]
@@ -43,7 +43,7 @@ def ended(processes: list[subprocess.Popen[str]], timeout: float) -> list[str]:
             process.kill()
 
 
-def wait_for_records(run: Path, count: int, processes: list[subprocess.Popen[str]]) -> None:
+def wait_for_records(run: Path, count: int, processes: list[Process]) -> None:
     deadline = time.monotonic() + 120
     while len(read_metrics(run / "metrics.jsonl")) < count:
         assert time.monotonic() < deadline, "no progress"
@@ -96,6 +96,26 @@ def test_a_rank_that_waits_for_data_for_ever_is_named_with_its_stack(digits: Pat
     assert "stalled_read" in stacks[1]
     assert "stalled_read" not in stacks[0]
     assert "in update" in stacks[0]
+
+
+@pytest.mark.slow
+def test_an_error_of_one_rank_ends_the_others_at_once(digits: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, digits, {"log_every": 2, "save_every": 4}, {}, epochs=100)
+    processes = start_ranks(sick("raising", recipe), 2)
+    try:
+        assert processes[1].wait(timeout=120) == 1
+        assert processes[0].wait(timeout=20) == 1
+    finally:
+        said = ended(processes, 1)
+    assert "RuntimeError: an error of this rank alone" in said[1]
+    assert said[0].splitlines()[-1] == (
+        "lut-ds: launch: rank 0 lost another rank, whose own message says why; the last good checkpoint is intact"
+    )
+    assert "Traceback" not in said[0]
+    (kept,) = (tmp_path / "run" / "checkpoints").glob("step_*")
+    assert kept.name == "step_00000004"
+    assert verify(kept) is None
+    assert not (tmp_path / "run" / "heartbeats").exists()
 
 
 @pytest.mark.slow
