@@ -20,6 +20,7 @@ from lut_ds.analysis.reconstruct import HIDDEN_GRAY, paste_patches
 from lut_ds.config import Recipe
 from lut_ds.data.loader import Batch, PretrainLoader
 from lut_ds.data.order import Order
+from lut_ds.data.outputs import writable_folder
 from lut_ds.data.pipeline import decode_one
 from lut_ds.data.sources import Source
 from lut_ds.data.validity import image_hw
@@ -50,9 +51,10 @@ def show_views(recipe: Recipe, count: int, path: Path) -> dict[str, Any]:
         image (the path), samples (their names in order), views, patches, visible (patches each view's encoder sees).
 
     Raises:
-        UserError: the recipe's data do not work.
+        UserError: the recipe's data do not work, or the folder of `path` cannot be written.
         RunFault: an image cannot be read or decoded.
     """
+    writable_folder(path.parent)
     source = open_source(recipe)
     count = min(count, len(source))
     order = sample_order(recipe, len(source))

@@ -69,7 +69,8 @@ def bench_loader(recipe: Recipe, options: Options) -> dict[str, Any]:
         if not names:
             raise UserError(f"bench loader: nothing to run: {'; '.join(left_out.values())}")
         task = make_task(recipe, options, device, work)
-        decoders = who_decodes(open_source(recipe))
+        source = open_images(recipe, options.batch_size)
+        decoders = who_decodes(source)
         rounds = run_rounds({n: replace(task, contender=n) for n in names}, options.rounds, run_task, "loaders")
     return {
         "machine": describe_machine(),
@@ -100,6 +101,16 @@ def with_data(recipe: Recipe, work: Path) -> tuple[Recipe, str]:
     path = str(write_photos(work / "photos", GENERATED))
     data = recipe.data.model_copy(update={"path": path})
     return recipe.model_copy(update={"data": data}), f"{GENERATED} generated photographs, 500x375"
+
+
+def open_images(recipe: Recipe, batch_size: int) -> Source:
+    """What the loaders will read; UserError when it does not fill a batch."""
+    source = open_source(recipe)
+    if len(source) < batch_size:
+        raise UserError(
+            f"--batch: expected at most the {len(source)} images of {recipe.data.path}, found {batch_size}; give a smaller one"
+        )
+    return source
 
 
 def who_decodes(source: Source, most: int = 512) -> dict[str, int]:

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from lut_ds.bench.loader import Options, choose_device, make_task, run_task, with_data
+from lut_ds.bench.loader import Options, choose_device, make_task, open_images, run_task, with_data
 from lut_ds.bench.loader_run import Task, task_loading
 from lut_ds.bench.machine import describe_machine
 from lut_ds.config import Recipe
-from lut_ds.data.tuning import machine_key, save_tuning
+from lut_ds.data.outputs import writable_folder
+from lut_ds.data.tuning import machine_key, save_tuning, tuning_file
 from lut_ds.engine.launch import rank_cores
 from lut_ds.engine.train import loading
 
@@ -35,11 +36,13 @@ def tune_loader(recipe: Recipe, options: Options, run: Run = run_task) -> dict[s
         for which machine.
     """
     device = choose_device(options.device)
+    writable_folder(tuning_file().parent)
     cores = rank_cores()
     gpu = torch.cuda.get_device_name() if device == "cuda" else None
     trials: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="lut-ds-bench-") as work:
         recipe, data = with_data(recipe, Path(work))
+        open_images(recipe, options.batch_size)
         best = replace(make_task(recipe, options, device, work), workers=1, prefetch=2)
         with tqdm(desc="tuning", unit="trial", file=sys.stderr) as bar:
             for name, values in settings(cores, device):

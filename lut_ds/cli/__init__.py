@@ -81,6 +81,6 @@ def _run(argv: Sequence[str] | None, rank: str) -> tuple[int, str]:
 def _reserve_standard_output() -> TextIO:
     """Keep standard output for results: whatever else this process writes to it goes to standard error."""
     sys.stdout.flush()
-    kept = os.fdopen(os.dup(1), "w")
+    kept = os.fdopen(os.dup(1), "w", errors="surrogateescape")  # names of files may be any bytes
     os.dup2(2, 1)
     return kept

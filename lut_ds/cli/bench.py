@@ -58,7 +58,9 @@ def add(commands: Commands) -> None:
     sub.add_argument("--workers", type=positive, help="threads of ours, processes of the others")
     sub.add_argument("--batches", type=positive, help="batches a round")
     sub.add_argument("--rounds", type=positive, help="rounds; every loader runs once in each")
-    sub.add_argument("--step-ms", type=float, default=0.0, help="time a training step takes: measures the stall")
+    sub.add_argument(
+        "--step-ms", type=_milliseconds, default=0.0, help="time a training step takes: measures the stall"
+    )
     sub.add_argument("--device", default="auto", help="auto, cpu or cuda")
     sub.add_argument("--only", metavar="NAMES", help="ours,torchvision,webdataset: a selection")
     sub.add_argument("--tune", action="store_true", help="find and keep the fastest settings of ours for this machine")
@@ -83,3 +85,14 @@ def add_step(group: Commands) -> None:
     sub.add_argument(
         "--trace", metavar="FILE", help="write a profiler trace (JSON) of two steps; open in ui.perfetto.dev"
     )
+
+
+def _milliseconds(text: str) -> float:
+    """A time from 0, for argparse."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 3.6e6:
+        raise argparse.ArgumentTypeError(f"expected milliseconds from 0 to an hour, found {text!r}")
+    return value

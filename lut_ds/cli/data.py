@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from lut_ds.cli.parser import BAD_INPUT, DONE, STOPPED, Answer, Commands, Parser, add_recipe, positive
+from lut_ds.errors import UserError
 
 
 def verify(args: argparse.Namespace) -> Answer:
@@ -46,6 +47,10 @@ def index(args: argparse.Namespace) -> Answer:
     """Write the index of tar shards, of an image folder or of a list, or check it."""
     from lut_ds.data.indexing import check, export_idx, index
 
+    if args.output is not None and (args.check or args.wds2idx):
+        raise UserError(
+            "argument -o/--output: expected without --check and --wds2idx, which write no index; leave it out"
+        )
     if args.check:
         problems, text = check(args.path, args.split, args.workers)
         return {"path": args.path, "problems": problems}, text, BAD_INPUT if problems else DONE
@@ -56,8 +61,11 @@ def index(args: argparse.Namespace) -> Answer:
 
 def stats(args: argparse.Namespace) -> Answer:
     """Classes, sizes, formats, bytes, and what decoding will cost."""
+    from lut_ds.data.outputs import writable_folder
     from lut_ds.data.stats import describe, survey
 
+    if args.out is not None:
+        writable_folder(args.out)
     statistics, raw = survey(args.path, args.sample, args.workers)
     text = describe(statistics)
     if args.out is not None:
@@ -84,7 +92,7 @@ def add(commands: Commands) -> None:
     """Add this group's sub-commands."""
     group = commands.group("data", "check, index, pack and look at training data")
     sub = group.add(verify)
-    sub.add_argument("path", help="what data.path would be: an image folder, shards, an index or a list")
+    sub.add_argument("path", type=_path, help="what data.path would be: an image folder, shards, an index or a list")
     sub.add_argument("--out", type=Path, metavar="DIR", help="folder for the results (default: NAME.verified)")
     _add_workers(sub)
     sub.add_argument("--min-side", type=positive, default=1, metavar="PIXELS", help="quarantine images below it")
@@ -92,7 +100,7 @@ def add(commands: Commands) -> None:
     sub.add_argument("--strict", action="store_true", help="exit code 2 when anything is quarantined")
     _add_pack(group)
     sub = group.add(index)
-    sub.add_argument("path", help="shards, an image folder, or a list of files")
+    sub.add_argument("path", type=_path, help="shards, an image folder, or a list of files")
     sub.add_argument("-o", "--output", type=Path, metavar="FILE", help="index file (default: index.lut in the folder)")
     what = sub.add_mutually_exclusive_group()
     what.add_argument(
@@ -102,7 +110,7 @@ def add(commands: Commands) -> None:
     _add_split(sub)
     _add_workers(sub)
     sub = group.add(stats)
-    sub.add_argument("path", help="what data.path would be")
+    sub.add_argument("path", type=_path, help="what data.path would be")
     sub.add_argument("--sample", type=positive, metavar="N", help="measure so many of each split, drawn at random")
     sub.add_argument("--out", type=Path, metavar="DIR", help="folder for histograms as PNG")
     _add_workers(sub)
@@ -114,7 +122,7 @@ def add(commands: Commands) -> None:
 
 def _add_pack(group: Commands) -> None:
     sub = group.add(pack)
-    sub.add_argument("path", help="what data.path would be: an image folder, shards, an index or a list")
+    sub.add_argument("path", type=_path, help="what data.path would be: an image folder, shards, an index or a list")
     sub.add_argument("out", type=Path, help="folder for the shards")
     size = sub.add_mutually_exclusive_group()
     size.add_argument("--shard-size", type=_bytes, default=10**9, metavar="BYTES", help="about, such as 1GB (default)")
@@ -130,20 +138,26 @@ def _add_split(sub: Parser) -> None:
     sub.add_argument("--split", choices=("train", "val"), default="train", help="of a folder that has both")
 
 
+def _path(text: str) -> str:
+    """A path; an empty one, as of a shell variable that is not set, would mean the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a folder, shards, an index or a list, found an empty path")
+    return text
+
+
 def _bytes(text: str) -> int:
     """A number of bytes: 500000, 300MB, 1GB, 1GiB."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kMGT])(i?))?B?", text)
-    if match is None:
-        raise ValueError
-    size = float(match[1]) * (1024 if match[3] else 1000) ** (" kMGT".index(match[2] or " "))
-    return positive(str(int(size)))
+    size = float(match[1]) * (1024 if match[3] else 1000) ** (" kMGT".index(match[2] or " ")) if match else 0
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"expected bytes, such as 500000, 300MB or 1GiB, found {text!r}")
+    return int(size)
 
 
 def _quality(text: str) -> int:
-    value = positive(text)
-    if value > 100:
-        raise ValueError
-    return value
+    if not text.isdecimal() or not 1 <= int(text) <= 100:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 to 100, found {text!r}")
+    return int(text)
 
 
 def _add_workers(sub: Parser) -> None:

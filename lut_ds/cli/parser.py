@@ -54,10 +54,9 @@ def add_commands(parser: Parser) -> Commands:
 
 def positive(text: str) -> int:
     """A whole number from 1, for argparse."""
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1, found {text!r}")
+    return int(text)
 
 
 def add_overrides(sub: Parser, what: str = "the recipe") -> None:

@@ -1,5 +1,7 @@
 """From labels as they are written (numbers or names) to class indices."""
 
+import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +10,7 @@ from numpy.typing import NDArray
 from lut_ds.errors import UserError
 
 CLASSES_NAME = "classes.txt"  # beside shards or a list: one class a line, in the order of the labels
+_NUMBER = re.compile(r"[+-]?[0-9]{1,20}")
 _MOST = 1 << 20  # classes: a number label above is a mistake, and would make as many names
 
 
@@ -60,12 +63,33 @@ class Classes:
         return [str(i) for i in range(self._largest + 1)], None
 
 
+def parse_label(text: str) -> int | str | None:
+    """A label as it is written: a number in digits alone (`2020_01` is a name), a name, None for nothing."""
+    text = text.strip()
+    return int(text) if _NUMBER.fullmatch(text) else text or None
+
+
+def check_class_names(names: list[str]) -> None:
+    """UserError for a name that a line of classes.txt cannot hold."""
+    for name in names:
+        if "\n" in name or name.endswith("\r"):
+            raise UserError(
+                f"class {name!r}: expected a name without line breaks, as {CLASSES_NAME} has one a line; rename its folder"
+            )
+
+
+def write_class_names(folder: Path, names: list[str]) -> None:
+    """Write classes.txt; see check_class_names."""
+    check_class_names(names)
+    (folder / CLASSES_NAME).write_bytes(b"".join(os.fsencode(name) + b"\n" for name in names))
+
+
 def class_names(folder: Path) -> list[str] | None:
     """The lines of classes.txt in `folder`, None where there is none; UserError when one is empty or comes twice."""
     path = folder / CLASSES_NAME
     if not path.is_file():
         return None
-    names = path.read_text(errors="surrogateescape").splitlines()
+    names = [os.fsdecode(line.rstrip(b"\r")) for line in path.read_bytes().removesuffix(b"\n").split(b"\n")]
     if len(set(names)) < len(names) or not all(names):
         raise UserError(f"{path}: expected one class a line, each once, found an empty or repeated line; correct it")
     return names

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from lut_ds.data.classes import Classes, class_names
+from lut_ds.data.classes import Classes, class_names, parse_label
 from lut_ds.data.files import PathTable
 from lut_ds.data.index_writer import IndexWriter
 from lut_ds.data.shard_index import stored_root
@@ -35,7 +35,7 @@ class FileList(PathTable):
             if not name or b"\0" in name:
                 raise UserError(f"{where}: expected path or path<TAB>label, found {text[:60]!r}; correct the line")
             paths.append(name)
-            labels.append(classes.number(_label(label), where))
+            labels.append(classes.number(parse_label(os.fsdecode(label)), where))
             lines.append(line)
         if not paths:
             raise UserError(f"list {self.list}: expected paths of images, found none; write one a line")
@@ -75,11 +75,3 @@ def _lines(path: Path) -> list[bytes]:
         return [line.rstrip(b"\r") for line in path.read_bytes().split(b"\n")]
     except OSError as error:
         raise UserError(f"list {path}: cannot be read: {error.strerror or error}; check data.path") from error
-
-
-def _label(text: bytes) -> int | str | None:
-    label = os.fsdecode(text.strip())
-    try:
-        return int(label)
-    except ValueError:
-        return label or None

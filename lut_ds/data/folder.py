@@ -1,5 +1,6 @@
 """A folder of images as a source, in an order that depends on its names alone."""
 
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -75,9 +76,10 @@ def listing(folder: bytes) -> tuple[list[bytes], list[bytes]]:
             for entry in entries:
                 if entry.name.startswith(b"."):
                     continue
-                if entry.is_dir():
+                target = _target(entry)
+                if target == "folder":
                     folders.append(entry.name)
-                elif entry.name.lower().endswith(EXTENSIONS) and (entry.is_file() or entry.is_symlink()):
+                elif target != "other" and entry.name.lower().endswith(EXTENSIONS):
                     images.append(entry.name)
     except OSError as error:
         raise UserError(
@@ -85,6 +87,19 @@ def listing(folder: bytes) -> tuple[list[bytes], list[bytes]]:
             "check its permissions"
         ) from error
     return sorted(folders), sorted(images)
+
+
+def _target(entry: os.DirEntry[bytes]) -> Literal["folder", "file", "nothing", "other"]:
+    """What an entry, or the link that it is, leads to; pipes and devices are other: to read them may never end."""
+    try:
+        if entry.is_dir():
+            return "folder"
+        if entry.is_file():
+            return "file"
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+    return "nothing" if entry.is_symlink() and not os.path.exists(entry.path) else "other"
 
 
 def directories(

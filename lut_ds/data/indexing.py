@@ -7,10 +7,11 @@ from typing import Any, Literal
 from lut_ds.data.files import IndexedFiles
 from lut_ds.data.folder import split_root
 from lut_ds.data.index import SampleIndex
+from lut_ds.data.outputs import writable_folder
 from lut_ds.data.progress import progress_bar
 from lut_ds.data.shard_index import check_index, list_shards
 from lut_ds.data.sources import ImageFolder, index_source
-from lut_ds.data.wds2idx import idx_path, write_idx
+from lut_ds.data.wds2idx import idx_paths, write_idx
 from lut_ds.errors import UserError
 
 _SHOWN = 10  # differences that people see; --json has them all
@@ -28,12 +29,14 @@ def index(path: str, out: Path | None, split: Literal["train", "val"], workers: 
 def export_idx(path: str, split: Literal["train", "val"]) -> tuple[dict[str, Any], str]:
     """Write an .idx file beside every shard of `path`."""
     shards = list_shards(_root(path, split))
+    files = idx_paths(shards)
+    writable_folder(files[0].parent)
     samples = 0
     with progress_bar("wds2idx", len(shards), unit="shard") as bar:
-        for shard in shards:
-            samples += write_idx(shard, idx_path(shard))
+        for shard, file in zip(shards, files):
+            samples += write_idx(shard, file)
             bar.update()
-    result = {"files": [str(idx_path(shard)) for shard in shards], "samples": samples}
+    result = {"files": [str(file) for file in files], "samples": samples}
     return result, f"wrote {len(shards):,} .idx files: {samples:,} samples"
 
 
@@ -52,11 +55,13 @@ def check(path: str, split: Literal["train", "val"], workers: int) -> tuple[list
 
 
 def _check_files(found: SampleIndex) -> list[str]:
-    """Files of the index that are gone, and images below its root that it does not have."""
+    """Files of the index that are gone; for that of a whole folder also images which it does not have."""
     found.check_content()
     source = IndexedFiles(found)
     listed = {source.path(i) for i in range(len(source))}
     problems = [f"{os.fsdecode(path)}: no such file" for path in sorted(listed) if not os.path.lexists(path)]
+    if any(found.shard(k).size < 0 for k in range(found.shard_count)):
+        return problems  # of a list, or of what a verification left: a selection
     try:
         folder = ImageFolder(found.root, None)
     except UserError as error:

@@ -1,6 +1,5 @@
 """What a verification has found so far, on disk: a process that is killed loses at most the chunks under way."""
 
-import fcntl
 import json
 import os
 from collections.abc import Mapping
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lut_ds.data.outputs import hold, writable_folder
 from lut_ds.data.records import RECORD, Details, State
 from lut_ds.errors import UserError
 
@@ -27,20 +27,18 @@ class Journal:
         count: samples.
 
     Raises:
-        UserError: another process holds the journal.
+        UserError: another process holds the journal, or the folder cannot be written.
     """
 
     def __init__(self, folder: Path, identity: Mapping[str, Any], count: int) -> None:
         self._folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
+        writable_folder(folder)
         self._lock = os.open(folder / _RECORDS, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        if not hold(self._lock):
             os.close(self._lock)
             raise UserError(
                 f"{folder}: expected no other verification there, found one that runs; wait for it, or give another --out"
-            ) from error
+            )
         if self._identity() != dict(identity) or os.fstat(self._lock).st_size != count * RECORD.itemsize:
             self._start(identity, count)
         self.records: NDArray[np.void] = np.memmap(folder / _RECORDS, RECORD, "r+", shape=(count,))
@@ -79,6 +77,8 @@ class Journal:
         """Close and delete the journal."""
         for name in OWN:
             (self._folder / name).unlink(missing_ok=True)
+            for aside in self._folder.glob(f".{name}.*"):  # of a process that was killed while it wrote
+                aside.unlink(missing_ok=True)
         self.close()
 
     def _identity(self) -> Any:

@@ -49,11 +49,13 @@ class BlockOrder:
         _check_size(n)
         if block < 1 or window < 1:
             raise ValueError(f"BlockOrder: block and window must be positive, found {block} and {window}")
+        block = min(block, n)
+        window = min(window, n // block)
         self.n, self.seed, self._block, self._window = n, seed, block, window
         self._full = n // block  # whole blocks; the samples after the last one stay there, and another cut moves them
-        self._windows = max(1, self._full // window)
-        self._blocks = _Permutation(max(1, self._full))
-        self._inner = _Permutation(min(n, block * window))
+        self._windows = self._full // window
+        self._blocks = _Permutation(self._full)
+        self._inner = _Permutation(block * window)
         self._last = _Permutation(n - (self._windows - 1) * block * window)
 
     def samples(self, epoch: int, positions: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -1,10 +1,44 @@
 """Result files of the data tools."""
 
+import errno
+import fcntl
 import json
 import os
+import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+from lut_ds.errors import UserError
+
+
+def writable_folder(path: Path) -> Path:
+    """The folder, made where it is missing; UserError when it cannot be written, asked before the work begins."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            return path
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(
+            f"{path}: expected a folder that can be written, found: {error.strerror or error}; give another"
+        ) from error
+
+
+def hold(fd: int) -> bool:
+    """Lock an open file until it is closed; False when another process has it.
+
+    True also where the file system has no locks (Lustre mounted without them answers ENOSYS): nothing is known there.
+    """
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+            raise
+    return True
 
 
 def write_lines(path: Path, objects: Iterable[Mapping[str, Any]], indent: int | None = None) -> None:

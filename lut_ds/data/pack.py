@@ -4,6 +4,7 @@ The shards are a function of the samples and the options: not of the number of w
 """
 
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -14,10 +15,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from lut_ds.data.classes import CLASSES_NAME
+from lut_ds.data.classes import check_class_names, write_class_names
+from lut_ds.data.folder import split_root
 from lut_ds.data.order import SampleOrder
-from lut_ds.data.outputs import write_lines
-from lut_ds.data.parts import Part, fingerprint, opener
+from lut_ds.data.outputs import hold, writable_folder, write_lines
+from lut_ds.data.parts import Part, fingerprint, opener, refuse_inside
 from lut_ds.data.progress import progress_bar
 from lut_ds.data.shard_index import write_index
 from lut_ds.data.sources import Source, open_source
@@ -67,11 +69,31 @@ def pack(
         out, samples (packed), skipped, shards, samples_per_shard, bytes (of the shards), complete (False when stopped).
 
     Raises:
-        UserError: `out` holds something else, or shards of other options or samples.
+        UserError: `out` lies among the images, cannot be written, holds something else or shards of other options or
+            samples, or another process packs there.
         RunFault: too little space, or a worker that dies.
     """
+    folder = split_root(Path(path), split) if os.path.isdir(path) else None
     part = Part(split, None, open_source(path, split), 0)
+    refuse_inside(out, folder, part.source)
+    check_class_names(part.source.classes)
     plan = _plan(path, part, out, options)
+    with (out / PLAN).open("r+b") as file:
+        if not hold(file.fileno()):
+            raise UserError(f"{out}: expected no other pack there, found one that runs; wait for it, or give another")
+        return _write(path, part, out, options, plan, workers, stopped)
+
+
+def _write(
+    path: str,
+    part: Part,
+    out: Path,
+    options: Options,
+    plan: dict[str, Any],
+    workers: int,
+    stopped: Callable[[], bool],
+) -> dict[str, Any]:
+    """Write the shards that are missing, and once all are there what belongs to them; see pack."""
     per_shard, samples = plan["samples_per_shard"], len(part.source)
     shards = -(-samples // per_shard)
     todo = [k for k in range(shards) if not (out / shard_name(k)).exists()]
@@ -86,7 +108,8 @@ def pack(
                     "`lut-ds data verify` names the file, and its clean index leaves it out"
                 )
             bar.update(answer)
-    (out / LISTING).unlink(missing_ok=True)
+    for listing in (out / LISTING, *out.glob(f".{LISTING}.*")):  # the latter of a process that was killed
+        listing.unlink(missing_ok=True)
     result = {"out": str(out), "shards": shards, "samples_per_shard": per_shard}
     missing = sum(not (out / shard_name(k)).exists() for k in range(shards))
     if missing:
@@ -151,7 +174,7 @@ def _plan(path: str, part: Part, out: Path, options: Options) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="lut-ds-") as folder:
         sample_bytes = _pilot(opener(path, part, Path(folder) / LISTING), len(part.source), options)
     _check_space(out, sample_bytes * len(part.source))
-    out.mkdir(parents=True, exist_ok=True)
+    writable_folder(out)
     per_shard = options.samples_per_shard or max(1, round(options.shard_size / sample_bytes))
     plan = {"asked": asked, "path": path, "samples_per_shard": per_shard, "sample_bytes": round(sample_bytes)}
     write_lines(out / PLAN, [plan], indent=1)
@@ -179,8 +202,7 @@ def _check_space(out: Path, needed: float) -> None:
 def _finish(out: Path, shards: int, source: Source, workers: int) -> dict[str, Any]:
     """Write classes, the list of what was left out, and the index; what there is to say of them."""
     if source.classes:
-        names = "".join(f"{name}\n" for name in source.classes)
-        (out / CLASSES_NAME).write_text(names, errors="surrogateescape")
+        write_class_names(out, source.classes)
     lists = [skipped_path(out / shard_name(k)) for k in range(shards)]
     skipped = [json.loads(line) for path in lists if path.exists() for line in path.read_text().splitlines()]
     write_lines(out / SKIPPED, skipped)

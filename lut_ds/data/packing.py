@@ -14,6 +14,7 @@ from PIL import Image
 
 from lut_ds.data.decoding import Decoder
 from lut_ds.data.pack import skipped_path
+from lut_ds.data.patience import PatientReader
 from lut_ds.data.sources import Source
 from lut_ds.data.tar import BLOCK
 from lut_ds.data.validity import image_hw
@@ -22,6 +23,7 @@ from lut_ds.data.wds import IMAGES
 from lut_ds.errors import RunFault
 
 _QUALITY = 95
+_RETRY_SECONDS = 60.0  # that nothing of the source can be read; then the pack stops, to go on when it runs again
 _STEM = 48  # bytes of the original name that a key keeps: with the position it fits the oldest tar header
 
 
@@ -68,11 +70,12 @@ def write_shard(
     cannot be read or decoded is listed beside the shard instead.
     """
     skipped: list[dict[str, str]] = []
+    reader = PatientReader(source, _RETRY_SECONDS)
     aside = path.with_name(f".{path.name}.partial")
     with aside.open("wb") as file:
         with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
             for sample, position in zip(samples.tolist(), positions.tolist()):
-                for name, data in _members(source, sample, position, encoder, skipped):
+                for name, data in _members(source, reader, sample, position, encoder, skipped):
                     info = tarfile.TarInfo(name)  # time and owner are zero
                     info.size = len(data)
                     tar.addfile(info, io.BytesIO(data))
@@ -85,17 +88,26 @@ def write_shard(
 
 def packed_bytes(source: Source, encoder: Encoder, samples: NDArray[np.int64]) -> int:
     """The bytes that int64 `samples` [m] take in a shard."""
-    members = [data for sample in samples.tolist() for _, data in _members(source, sample, 0, encoder, [])]
+    reader = PatientReader(source, _RETRY_SECONDS)
+    members = [data for sample in samples.tolist() for _, data in _members(source, reader, sample, 0, encoder, [])]
     return sum(BLOCK + -(-len(data) // BLOCK) * BLOCK for data in members)
 
 
 def _members(
-    source: Source, sample: int, position: int, encoder: Encoder, skipped: list[dict[str, str]]
+    source: Source,
+    reader: PatientReader,
+    sample: int,
+    position: int,
+    encoder: Encoder,
+    skipped: list[dict[str, str]],
 ) -> Iterator[tuple[str, bytes]]:
     """Names and contents of a sample's members; none, and a line in `skipped`, when it cannot be used."""
     name = source.name(sample)
+    found = reader.read(sample)  # outside of the try: storage that is away must not become shards of nothing
     try:
-        data, extension = encoder(source.read(sample), name)
+        if isinstance(found, RunFault):
+            raise found
+        data, extension = encoder(found, name)
     except RunFault as fault:
         skipped.append({"name": name, "reason": str(fault)})
         return

@@ -1,6 +1,7 @@
 """The splits of a data set, and how worker processes open them."""
 
 import hashlib
+import json
 import os
 from collections.abc import Callable
 from functools import partial
@@ -10,7 +11,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from lut_ds.data.clean import write_subset
-from lut_ds.data.files import IndexedFiles, PathTable
+from lut_ds.data.files import FileSource, IndexedFiles, PathTable
 from lut_ds.data.index import SampleIndex
 from lut_ds.data.sources import Source, open_source
 from lut_ds.errors import UserError
@@ -47,9 +48,17 @@ def open_parts(path: str) -> list[Part]:
     return parts
 
 
+def refuse_inside(out: Path, folder: str | os.PathLike[str] | None, source: Source) -> None:
+    """UserError when results would go into the image folder that they are about: there they would be one more class."""
+    if folder is None or not isinstance(source, FileSource):
+        return
+    if Path(os.path.realpath(out)).is_relative_to(os.path.realpath(folder)):
+        raise UserError(f"{out}: expected a folder outside of the images, found one in {folder}; give another folder")
+
+
 def fingerprint(source: Source) -> str:
-    """A digest of the number of samples and their names (of large sources every so manyth): does it hold the same samples?"""
-    digest = hashlib.sha256(str(len(source)).encode())
+    """A digest of classes, number of samples and names (of large sources every so manyth): does it hold the same samples?"""
+    digest = hashlib.sha256(json.dumps([len(source), source.classes]).encode())
     for i in range(0, len(source), 1 + len(source) // _NAMES):
         digest.update(b"\0" + os.fsencode(source.name(i)))
     return digest.hexdigest()

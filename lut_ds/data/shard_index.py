@@ -110,7 +110,8 @@ def build(
 def check_index(path: str | os.PathLike[str], *, workers: int = 1, progress: Progress | None = None) -> list[str]:
     """Compare an index of shards with all their tar headers and labels; what does not agree, one line each.
 
-    Also looked at: the checksum of the index, shards missing from the folder or from the index. UserError when the file is no
+    Also looked at: the checksum of the index, shards missing from the folder or, for the index.lut of the
+    folder, from the index. UserError when the file is no
     index of shards.
     """
     index = SampleIndex.open(path)
@@ -118,7 +119,8 @@ def check_index(path: str | os.PathLike[str], *, workers: int = 1, progress: Pro
         raise UserError(f"index {index.path}: expected an index of tar shards, found one of files")
     index.check_content()
     shards = [index.root / index.shard(k).name for k in range(index.shard_count)]
-    present = {shard.name for shard in index.root.iterdir() if is_shard(shard.name)} if index.root.is_dir() else set()
+    whole = index.path.name == INDEX_NAME and index.root.is_dir() and index.path.parent.samefile(index.root)
+    present = {shard.name for shard in index.root.iterdir() if is_shard(shard.name)} if whole else set()
     problems = [f"{index.root / name}: not in the index" for name in sorted(present - {shard.name for shard in shards})]
     starts = np.searchsorted(index.shard_numbers(), np.arange(index.shard_count + 1))
     scans = _scan_all(shards, functools.partial(_try_scan, scan_shard), workers)

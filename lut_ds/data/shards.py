@@ -9,7 +9,7 @@ from lut_ds.data.descriptors import Descriptors
 from lut_ds.data.index import INDEX_NAME, SampleIndex, Shard
 from lut_ds.data.shard_index import build, list_shards
 from lut_ds.data.tar import BLOCK, header_size, read_at
-from lut_ds.data.wds2idx import idx_path, scan_idx
+from lut_ds.data.wds2idx import idx_path, idx_paths, scan_idx
 from lut_ds.errors import RunFault, UserError
 
 _REGULAR = b"\x0007"  # type flags of members that hold a file
@@ -104,6 +104,7 @@ class TarShards:
 
 def _from_idx(shards: Sequence[Path]) -> SampleIndex:
     """An index made of .idx files, in a temporary file that lives as long as it is open."""
+    idx_paths(shards)  # none is that of another shard
     with tempfile.TemporaryDirectory(prefix="lut-ds-") as folder:
         path = Path(folder) / INDEX_NAME
         build(shards, path, lambda shard: scan_idx(shard, idx_path(shard)))

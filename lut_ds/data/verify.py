@@ -16,7 +16,7 @@ import numpy as np
 from lut_ds.data import journal as journals
 from lut_ds.data.journal import Journal
 from lut_ds.data.outputs import write_lines
-from lut_ds.data.parts import Part, fingerprint, open_parts, opener
+from lut_ds.data.parts import Part, fingerprint, open_parts, opener, refuse_inside
 from lut_ds.data.progress import progress_bar
 from lut_ds.data.records import Details, State
 from lut_ds.data.sources import Source
@@ -58,6 +58,8 @@ def verify(
     began = time.monotonic()
     _refuse_foreign(out)
     parts = open_parts(path)
+    for part in parts:
+        refuse_inside(out, part.folder, part.source)
     count = sum(len(part.source) for part in parts)
     journal = Journal(out, _identity(path, parts, min_side), count)
     found_before = count - len(journal.pending())
@@ -90,7 +92,9 @@ def open_inspector(open_source: Callable[[], Source], min_side: int, log: Path) 
 
 def _refuse_foreign(out: Path) -> None:
     known = {*OUTPUTS, LOG, *journals.OWN}
-    foreign = sorted(set(os.listdir(out)) - known) if out.is_dir() else []
+    asides = tuple(f".{name}." for name in known)  # left by a process that was killed
+    listed = os.listdir(out) if out.is_dir() else []
+    foreign = sorted(name for name in listed if name not in known and not name.startswith(asides))
     if foreign or (out.exists() and not out.is_dir()):
         what = foreign[0] if foreign else "a file"
         raise UserError(

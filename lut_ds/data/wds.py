@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from lut_ds.data.classes import parse_label
 from lut_ds.data.tar import Member, TarWalk
 from lut_ds.errors import UserError
 
@@ -110,9 +111,7 @@ def _label(sample: Sample, tar: TarWalk) -> int | str | None:
             raise _bad_label(member, tar.path, f"{member.size} bytes")
         data = tar.read(member.offset, member.size)
         label = (
-            _parse_json(data, member, tar.path)
-            if extension == b"json"
-            else _number_or_name(data.decode(errors="replace"))
+            _parse_json(data, member, tar.path) if extension == b"json" else parse_label(data.decode(errors="replace"))
         )
         if label is not None:
             if isinstance(label, int) and not -1 <= label < 1 << 31:
@@ -132,14 +131,6 @@ def _parse_json(data: bytes, member: Member, path: Path) -> int | str | None:
     if isinstance(values[0], str | int) and not isinstance(values[0], bool):
         return values[0]
     raise _bad_label(member, path, repr(values[0])[:80])
-
-
-def _number_or_name(text: str) -> int | str | None:
-    text = text.strip()
-    try:
-        return int(text)
-    except ValueError:
-        return text or None
 
 
 def _bad_label(member: Member, path: Path, found: str) -> UserError:

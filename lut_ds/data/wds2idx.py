@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from lut_ds.data.tar import Member, TarWalk
@@ -16,6 +17,19 @@ _NAMELESS = re.compile(rb"(\S+) (\d+) (\d+)")  # v1.1
 def idx_path(shard: Path) -> Path:
     """Where `wds2idx` puts the index of a shard: its name up to the first dot, and .idx."""
     return shard.with_name(shard.name.split(".", 1)[0] + ".idx")
+
+
+def idx_paths(shards: Sequence[Path]) -> list[Path]:
+    """`idx_path` of each shard; UserError when two shards would share one."""
+    owners: dict[Path, Path] = {}
+    for shard in shards:
+        other = owners.setdefault(idx_path(shard), shard)
+        if other != shard:
+            raise UserError(
+                f"shards {other} and {shard}: expected names that differ before their first dot, as wds2idx has them, found "
+                f"one index {idx_path(shard).name} for both; rename them, or use `lut-ds data index` without .idx files"
+            )
+    return list(owners)
 
 
 def read_idx(path: Path) -> list[Sample]:

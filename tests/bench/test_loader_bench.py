@@ -56,6 +56,8 @@ def test_refuses_what_does_not_exist(small: Recipe) -> None:
         bench_loader(small, Options(only=("ours", "fastest")))
     with pytest.raises(UserError, match="--device: expected auto, cpu or cuda"):
         bench_loader(small, Options(device="tpu"))
+    with pytest.raises(UserError, match=r"--batch: expected at most the \d+ images of .*, found 1000000"):
+        bench_loader(small, Options(batch_size=10**6, device="cpu"))
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="no CUDA device"):
             bench_loader(small, Options(device="cuda"))

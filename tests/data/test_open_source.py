@@ -117,6 +117,14 @@ def test_list_files(tree: Path) -> None:
     assert FileList(path).classes == ["0", "1", "2", "3"]
     (tree / "classes.txt").write_text("w\nx\ny\nz\n")
     assert FileList(path).classes == ["w", "x", "y", "z"]
+    (tree / "classes.txt").write_text("w\u2028x\r\n\x1cy\n\nz\n")
+    with pytest.raises(UserError, match="one class a line"):
+        FileList(path)
+    (tree / "classes.txt").write_text("w\u2028x\r\n\x1cy\nz\nlast")  # only a line feed ends a line
+    assert FileList(path).classes == ["w\u2028x", "\x1cy", "z", "last"]
+    (tree / "classes.txt").unlink()
+    path.write_text("b/1.jpg\t2020_01\nb/2.jpg\t2019_07\n")  # Python's int() takes these for numbers
+    assert FileList(path).classes == ["2019_07", "2020_01"]
 
 
 def test_list_files_that_do_not_work(tree: Path) -> None:

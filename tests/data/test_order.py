@@ -66,8 +66,8 @@ def test_positions_out_of_range() -> None:
     n=st.integers(1, 1500),
     seed=st.integers(0, 2**64),
     epoch=st.integers(0, 10**6),
-    block=st.integers(1, 300),
-    window=st.integers(1, 20),
+    block=st.integers(1, 300) | st.integers(1, 2**70),
+    window=st.integers(1, 20) | st.integers(1, 2**70),
 )
 @settings(deadline=None, max_examples=60)
 def test_blocks_every_sample_exactly_once(n: int, seed: int, epoch: int, block: int, window: int) -> None:

@@ -1,5 +1,7 @@
 """Packing: the same shards whatever the workers and interruptions, nothing lost, nothing of others touched."""
 
+import errno
+import fcntl
 import json
 import shutil
 import tarfile
@@ -12,11 +14,12 @@ from PIL import Image
 
 from lut_ds.data.order import SampleOrder
 from lut_ds.data.pack import Options, pack
+from lut_ds.data.packing import Encoder, write_shard
 from lut_ds.data.pipeline import decode_one
 from lut_ds.data.sources import ImageFolder, open_source
 from lut_ds.data.validity import image_hw
-from lut_ds.errors import UserError
-from tests.data.images import encode, photo
+from lut_ds.errors import RunFault, UserError
+from tests.data.images import encode, photo, write_folder
 from tests.data.planted import GOOD, rotated
 
 PER_SHARD = Options(seed=3, samples_per_shard=10)
@@ -133,3 +136,53 @@ def test_too_little_space_is_found_before_anything_is_written(
     with pytest.raises(UserError, match=r"GB of free space for the shards, found 0\.000 GB"):
         pack(str(photos), tmp_path / "out", PER_SHARD)
     assert not (tmp_path / "out").exists()
+
+
+def test_classes_that_a_line_cannot_hold_are_refused_first(tmp_path: Path) -> None:
+    write_folder(tmp_path / "in", 2)
+    (tmp_path / "in" / "class1").rename(tmp_path / "in" / "two\nlines")
+    with pytest.raises(UserError, match=r"class 'two\\nlines': expected a name without line breaks"):
+        pack(str(tmp_path / "in"), tmp_path / "out", PER_SHARD)
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_shards_among_the_images(tmp_path: Path) -> None:
+    """Their folder would be a class, and shift the labels of a pack that goes on."""
+    write_folder(tmp_path / "in", 2)
+    (tmp_path / "link").symlink_to(tmp_path / "in")
+    for out in (tmp_path / "in" / "a", tmp_path / "link" / "class0" / "a", tmp_path / "in"):
+        with pytest.raises(UserError, match="expected a folder outside of the images"):
+            pack(str(tmp_path / "in"), out, PER_SHARD)
+
+
+def test_an_added_class_is_another_data_set(tmp_path: Path) -> None:
+    write_folder(tmp_path / "in", 4)
+    pack(str(tmp_path / "in"), tmp_path / "out", PER_SHARD)
+    (tmp_path / "in" / "another").mkdir()  # without images, but it shifts the labels
+    with pytest.raises(UserError, match="expected shards of the same samples"):
+        pack(str(tmp_path / "in"), tmp_path / "out", PER_SHARD)
+
+
+def test_storage_that_is_away_makes_no_empty_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lut_ds.data.packing._RETRY_SECONDS", 0.2)
+    source = ImageFolder(write_folder(tmp_path / "in", 4))
+    (tmp_path / "in").rename(tmp_path / "unmounted")
+    with pytest.raises(RunFault, match="nor could any other file"):
+        write_shard(tmp_path / "0.tar", source, np.arange(4), np.arange(4), Encoder(None, None))
+    assert not (tmp_path / "0.tar").exists()
+
+
+def test_two_at_a_time_are_one_too_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_folder(tmp_path / "in", 4)
+    out = tmp_path / "out"
+    assert not pack(str(tmp_path / "in"), out, PER_SHARD, stopped=lambda: True)["complete"]
+    with (out / "pack.json").open("r+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="found one that runs"):
+            pack(str(tmp_path / "in"), out, PER_SHARD)
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")  # Lustre without its locks
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    assert pack(str(tmp_path / "in"), out, PER_SHARD)["complete"]

@@ -71,8 +71,14 @@ WHERE: dict[str, Callable[[list[int]], list[int]]] = {
 }
 
 
-@pytest.mark.parametrize("where", WHERE)
-@pytest.mark.parametrize("how", ["cut", "gone", "mixed"])
+@pytest.mark.parametrize(
+    "where, how",
+    [
+        *((where, "cut") for where in WHERE),  # found last, by the pipeline: what undoes most
+        *((where, "mixed") for where in ("a chain over batches", "around the end", "scattered")),
+        ("a chain over batches", "gone"),
+    ],
+)
 def test_the_next_valid_one_in_the_order(folder: ImageFolder, where: str, how: str) -> None:
     clean = run(folder, 0, 2)
     bad = WHERE[where](ORDER.samples(0, np.arange(IMAGES)).tolist())

@@ -77,6 +77,16 @@ def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
     assert listing(ImageFolder(tmp_path / "data"), tmp_path / "data") == [("a/1.jpg", 0), ("b/2.jpg", 1)]
 
 
+def test_links_to_themselves_and_to_pipes(tmp_path: Path) -> None:
+    """The first is a missing image, or nothing to see; a pipe would be read for ever."""
+    touch(tmp_path, "a/1.jpg")
+    (tmp_path / "a/circle").symlink_to("circle")
+    (tmp_path / "a/2.jpg").symlink_to("2.jpg")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "a/3.jpg").symlink_to(tmp_path / "pipe")
+    assert listing(ImageFolder(tmp_path), tmp_path) == [("a/1.jpg", 0), ("a/2.jpg", 0)]
+
+
 def test_folders_that_do_not_work(tmp_path: Path) -> None:
     touch(tmp_path, "file", "mixed/a/1.jpg", "mixed/2.jpg", "none/a/notes.txt")
     (tmp_path / "empty").mkdir()

@@ -9,9 +9,18 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from lut_ds.data.sources import open_source
+from lut_ds.analysis.contact_sheet import show_views
+from lut_ds.config import load_recipe
+from lut_ds.data.clean import write_subset
+from lut_ds.data.indexing import check, index
+from lut_ds.data.pack import Options, pack
+from lut_ds.data.sources import ImageFolder, open_source
+from lut_ds.data.verify import verify
+from lut_ds.errors import UserError
+from tests.data.archives import write_tar
 from tests.data.images import encode, photo, write_folder
 from tests.data.planted import GOOD, plant
 from tests.test_cli import BAD_INPUT, DONE, lut_ds, refused, result
@@ -25,15 +34,15 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 def test_faults_are_counted_and_strict_is_strict(tmp_path: Path) -> None:
     reasons, _ = plant(tmp_path / "data")
-    found = result("data", "verify", tmp_path / "data", "--out", tmp_path / "out", "--workers", 2)
+    arguments = ("data", "verify", tmp_path / "data", "--out", tmp_path / "out", "--workers", 2, "--strict", "--json")
+    done = lut_ds(*arguments)
+    assert done.returncode == BAD_INPUT
+    assert "Traceback" not in done.stderr
+    found = json.loads(done.stdout)
     assert found["quarantined"] == len(reasons)
     assert found == json.loads((tmp_path / "out" / "summary.json").read_text())
     names = {os.path.relpath(line["name"], tmp_path / "data") for line in lines(tmp_path / "out" / "quarantine.jsonl")}
     assert names == set(reasons)
-    strict = lut_ds("data", "verify", tmp_path / "data", "--out", tmp_path / "out", "--strict", "--json")
-    assert strict.returncode == BAD_INPUT
-    assert json.loads(strict.stdout)["quarantined"] == len(reasons)
-    assert "Traceback" not in strict.stderr
 
 
 def test_a_decoder_that_crashes_names_its_file(tmp_path: Path) -> None:
@@ -75,7 +84,7 @@ def interrupted(number: signal.Signals, ready: Path, *arguments: object) -> int:
         process.wait()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_verify_goes_on_where_it_was_interrupted(tmp_path: Path, number: signal.Signals) -> None:
     folder = tmp_path / "data"
     folder.mkdir()
@@ -84,10 +93,12 @@ def test_verify_goes_on_where_it_was_interrupted(tmp_path: Path, number: signal.
     (folder / "0.png").write_bytes(GOOD[:700])
     arguments = ("data", "verify", folder, "--out", tmp_path / "out", "--workers", 1)
     code = interrupted(number, tmp_path / "out" / "journal.records", *arguments)
+    (tmp_path / "out" / ".journal.train.lut.x1").touch()  # what a kill in the middle of a listing leaves
     assert code == (-signal.SIGKILL if number == signal.SIGKILL else STOPPED)
     found = result(*arguments)
     assert 0 < found["resumed_at"] < 600
     assert (found["usable"], found["quarantined"]) == (599, 1)
+    assert not list((tmp_path / "out").glob("*journal*"))
     assert [Path(line["name"]).name for line in lines(tmp_path / "out" / "quarantine.jsonl")] == ["0.png"]
 
 
@@ -129,6 +140,25 @@ def test_index_of_a_folder_is_checked(tmp_path: Path) -> None:
     ]
 
 
+def test_the_index_of_a_selection_is_checked_for_what_it_has(tmp_path: Path) -> None:
+    """Of a list, a pattern or a verification: that there is more below its root is no difference."""
+    source = ImageFolder(write_folder(tmp_path / "data", 6))
+    write_subset(tmp_path / "clean" / "index.lut", source, np.arange(6) > 0)
+    assert check(str(tmp_path / "clean"), "train", 1)[0] == []  # the root of such an index is /
+    Path(source.name(5)).unlink()
+    assert check(str(tmp_path / "clean"), "train", 1)[0] == [f"{source.name(5)}: no such file"]
+    for name in ("train-0.tar", "val-0.tar"):
+        write_tar(tmp_path / name, [("0.jpg", b"data")])
+    index(str(tmp_path / "train-*.tar"), tmp_path / "train.lut", "train", 1)
+    assert check(str(tmp_path / "train.lut"), "train", 1)[0] == []
+
+
+def test_names_that_are_not_unicode_are_printed_as_they_are(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "data", 2).rename(os.fsdecode(os.fsencode(tmp_path) + b"/\xff"))
+    done = subprocess.run([sys.executable, "-m", "lut_ds", "data", "index", folder], capture_output=True, check=True)
+    assert os.fsencode(folder) in done.stdout
+
+
 @pytest.mark.slow
 def test_show(digits: Path, tmp_path: Path) -> None:
     shown = result("data", "show", "demo", f"data.path={digits}", "-n", 2, "-o", tmp_path / "sheet.png")
@@ -141,9 +171,11 @@ def test_show(digits: Path, tmp_path: Path) -> None:
     [
         (["verify", "/nowhere/at/all"], "/nowhere/at/all"),
         (["verify"], "required: path"),
-        (["verify", "/tmp", "--workers", "0"], "--workers"),
+        (["verify", "/tmp", "--workers", "0"], "--workers: expected a whole number from 1, found '0'"),
         (["pack", "/tmp", "x", "--quality", "101"], "--quality"),
-        (["pack", "/tmp", "x", "--shard-size", "huge"], "--shard-size"),
+        (["pack", "/tmp", "x", "--shard-size", "huge"], "expected bytes, such as 500000, 300MB or 1GiB, found 'huge'"),
+        (["stats", ""], "found an empty path"),
+        (["index", "/tmp", "--check", "-o", "x.lut"], "-o/--output: expected without --check"),
         (["pack", "/tmp", "x", "--shard-size", "1GB", "--samples-per-shard", "5"], "not allowed with"),
         (["index", "/nowhere/at/all"], "/nowhere/at/all"),
         (["stats", "/nowhere/at/all"], "/nowhere/at/all"),
@@ -151,6 +183,18 @@ def test_show(digits: Path, tmp_path: Path) -> None:
 )
 def test_arguments_that_cannot_be(arguments: list[str], named: str) -> None:
     assert named in refused("data", *arguments)
+
+
+def test_results_that_cannot_be_written_are_refused_first(photos: Path) -> None:
+    path, nowhere = str(photos), Path("/dev/null/x")
+    for work in (
+        lambda: verify(path, nowhere, workers=1),
+        lambda: pack(path, nowhere, Options()),
+        lambda: show_views(load_recipe("demo", [f"data.path={path}"]), 1, nowhere / "sheet.png"),
+    ):
+        with pytest.raises(UserError, match="/dev/null/x: expected a folder that can be written, found: Not a dir"):
+            work()
+    assert "/dev/null/x: expected a folder" in refused("data", "stats", path, "--out", nowhere)
 
 
 def test_done_is_zero_and_speaks_to_people(photos: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from lut_ds.data.dali import fn, pipeline_def
 from lut_ds.data.folder import ImageFolder
+from lut_ds.data.indexing import export_idx
 from lut_ds.data.shard_index import write_index
 from lut_ds.data.shards import TarShards
 from lut_ds.data.sources import open_source
@@ -115,3 +116,15 @@ def test_files_that_do_not_fit(tmp_path: Path) -> None:
         idx_path(shard).write_text(text)
         with pytest.raises(UserError, match=message):
             TarShards.open(tmp_path)
+
+
+def test_shards_that_would_share_an_idx_file(tmp_path: Path) -> None:
+    """wds2idx cuts names at the first dot: the index of train-v1.1.tar would replace that of train-v1.0.tar."""
+    shards = [write_tar(tmp_path / f"train-v1.{k}.tar", [(f"{k}.jpg", b"data")]) for k in range(2)]
+    with pytest.raises(UserError, match=r"train-v1\.0\.tar and .*one index train-v1\.idx for both; rename"):
+        export_idx(str(tmp_path), "train")
+    assert not list(tmp_path.glob("*.idx"))
+    write_idx(shards[0], idx_path(shards[0]))
+    with pytest.raises(UserError, match=r"one index train-v1\.idx for both"):
+        open_source(tmp_path)
+    assert open_source(shards[0]).read(0) == b"data"
