@@ -57,9 +57,20 @@ if __name__ == "__main__":
     answers, sys.stdout = sys.stdout, sys.stderr  # of libraries that print
     import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401 - loads torch's compiler, as the first engine does
 
-    import lut_ds.cli
-    import lut_ds.engine.train  # noqa: F401
+    from lut_ds.config import load_recipe
+    from lut_ds.data.pipeline import build_pipeline
+    from lut_ds.engine.train import view_specs
 
+    # DALI translates the pipeline's definition when it is first used, which takes a second.
+    build_pipeline(
+        view_specs(load_recipe("demo", ["data.photometric=true"])),
+        16,
+        dict,
+        batch_size=1,
+        threads=1,
+        device_id=None,
+        prefetch=1,
+    )
     sys.stdout = answers
     threads = len(list(Path("/proc/self/task").iterdir()))
     assert threads == 1, f"{threads} threads: a fork would have one of them only"
