@@ -45,7 +45,9 @@ def main() -> None:
                     part = slice(first, first + micro)
                     views = [view1[part], view2[part]][: recipe.method.views]
                     batches.append(Batch(views, noise[part]))
-                rows.append(trainer.update(batches, lr, decay))
+                rows.append(
+                    trainer.update(batches, lr, decay)[: len(trainer.metric_names) + 2]
+                )  # norm and applied last
             shards = trainer.shards
             whole = {f"master.{k}": v for k, v in shards.assemble(shards.flats, torch.float32).items()}
             if trainer.ema is not None:
