@@ -40,3 +40,38 @@ class GuardedAdamW(torch.optim.AdamW):
 
     def __init__(self, params: Any, lr: float, betas: tuple[float, float], eps: float) -> None:
         super().__init__(params, lr=lr, betas=betas, eps=eps, fused=True)
+
+
+NOT_DECAYED = ("cls_token", "pos_embed")
+
+
+def layer_of(name: str, depth: int) -> int:
+    """The layer of a ViT's parameter for layer decay: 0 embeddings, i+1 block i, `depth`+1 what follows the blocks."""
+    first, _, rest = name.partition(".")
+    if first in ("cls_token", "pos_embed", "patch_embed"):
+        return 0
+    return int(rest.partition(".")[0]) + 1 if first == "blocks" else depth + 1
+
+
+def layer_decay_groups(
+    named: Iterable[tuple[str, nn.Parameter]], weight_decay: float, layer_decay: float, depth: int
+) -> list[dict[str, Any]]:
+    """AdamW groups of fine-tuning: a layer's learning rate is `lr_scale` = layer_decay^(depth+1-layer) times the schedule's.
+
+    No weight decay on 1-D tensors, cls token and positions (BEiT's rule, as MAE and LUT fine-tune). Each group keeps its
+    `names`; the order is by layer, decayed first.
+    """
+    groups: dict[tuple[int, bool], list[tuple[str, nn.Parameter]]] = {}
+    for name, parameter in named:
+        if parameter.requires_grad:
+            plain = parameter.dim() == 1 or name in NOT_DECAYED
+            groups.setdefault((layer_of(name, depth), plain), []).append((name, parameter))
+    return [
+        {
+            "params": [p for _, p in members],
+            "names": [n for n, _ in members],
+            "weight_decay": 0.0 if plain else weight_decay,
+            "lr_scale": layer_decay ** (depth + 1 - layer),
+        }
+        for (layer, plain), members in sorted(groups.items(), key=lambda group: group[0])
+    ]
