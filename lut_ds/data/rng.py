@@ -18,6 +18,7 @@ STREAM_ORDER = 0
 STREAM_MASK = 1
 STREAM_DEGRADATION = 2
 STREAM_BLOCKS, STREAM_WINDOW, STREAM_ROTATION = 3, 4, 5  # of the order that shuffles by blocks
+STREAM_RANDAUGMENT, STREAM_ERASING, STREAM_MIXING, STREAM_DROP_PATH = 6, 7, 8, 9  # of fine-tuning
 
 
 def stream_geometry(view_index: int) -> int:
