@@ -9,7 +9,7 @@ import os
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Protocol, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -354,6 +354,35 @@ class Recipe(Section):
         return self
 
 
+class Reading(Protocol):
+    """What the loop reads of a recipe's `data`."""
+
+    @property
+    def max_bad_share(self) -> float: ...
+
+
+class RunRecipe(Protocol):
+    """What the engine reads of any recipe, whatever is learned."""
+
+    @property
+    def data(self) -> Reading: ...
+    @property
+    def optim(self) -> Optim: ...
+    @property
+    def train(self) -> Train: ...
+    @property
+    def precision(self) -> Precision: ...
+    @property
+    def guard(self) -> Guard: ...
+    @property
+    def run(self) -> Run: ...
+    def model_dump(self, *, mode: str) -> dict[str, Any]: ...
+    def model_dump_json(self) -> str: ...
+
+
+S = TypeVar("S", bound=Section)
+
+
 class _UniqueKeys(yaml.SafeLoader):
     """YAML's safe loader, except that a key given twice is an error: YAML keeps the last and drops the first unseen."""
 
@@ -373,7 +402,11 @@ def recipe_folder() -> Path:
 
 def shipped_recipes() -> list[str]:
     """Names of the shipped recipes."""
-    return sorted(p.stem for p in recipe_folder().glob("*.yaml"))
+    return _shipped(recipe_folder())
+
+
+def _shipped(folder: Path) -> list[str]:
+    return sorted(p.stem for p in folder.glob("*.yaml"))
 
 
 def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -382,7 +415,12 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         UserError: unknown recipe or key (the nearest valid one is named), wrong type, impossible combination.
     """
-    path = find_recipe(name_or_path)
+    return load_sections(Recipe, name_or_path, overrides, recipe_folder())
+
+
+def load_sections(kind: type[S], name_or_path: str, overrides: Sequence[str], folder: Path) -> S:
+    """As `load_recipe`, for any kind of recipe; `folder` holds those that are known by name."""
+    path = find_recipe(name_or_path, folder)
     try:
         tree = yaml.load(path.read_text(), _UniqueKeys)  # noqa: S506 - a SafeLoader
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
@@ -391,21 +429,22 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
         raise UserError(f"recipe {path}: expected a mapping of sections, found {type(tree).__name__}")
     for override in overrides:
         apply_override(tree, override)
-    return parse_recipe(tree, str(path.name))
+    return parse_sections(kind, tree, str(path.name))
 
 
-def find_recipe(name_or_path: str) -> Path:
-    """Path of a recipe given as a file or as the name of a shipped one."""
+def find_recipe(name_or_path: str, folder: Path | None = None) -> Path:
+    """Path of a recipe given as a file or as the name of a shipped one (in `folder`; None: for pre-training)."""
+    folder = recipe_folder() if folder is None else folder
     path = Path(name_or_path)
     if path.suffix in (".yaml", ".yml"):
         if not os.path.isfile(path):  # False too for names that no file system takes
             raise UserError(f"recipe {path}: no such file; `lut-ds recipes` lists the shipped ones")
         return path
-    shipped = recipe_folder() / f"{name_or_path}.yaml"
+    shipped = folder / f"{name_or_path}.yaml"
     if not os.path.isfile(shipped):
-        raise UserError(
-            f"recipe {name_or_path}: no such recipe{_nearest(name_or_path, shipped_recipes())}; `lut-ds recipes` lists them"
-        )
+        listed = folder == recipe_folder()
+        known = "`lut-ds recipes` lists them" if listed else f"there are {', '.join(_shipped(folder))}"
+        raise UserError(f"recipe {name_or_path}: no such recipe{_nearest(name_or_path, _shipped(folder))}; {known}")
     return shipped
 
 
@@ -433,17 +472,22 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
 
 def parse_recipe(tree: dict[str, Any], origin: str) -> Recipe:
     """Validate a recipe tree; `origin` names it in errors."""
+    return parse_sections(Recipe, tree, origin)
+
+
+def parse_sections(kind: type[S], tree: dict[str, Any], origin: str) -> S:
+    """As `parse_recipe`, for any kind of recipe."""
     try:
-        return Recipe.model_validate(_coerce(tree))
+        return kind.model_validate(_coerce(tree))
     except RecursionError:
         raise UserError(f"recipe {origin}: contains itself, or is nested too deeply; write it flat") from None
     except ValidationError as error:
-        raise UserError(f"recipe {origin}: {_describe(error.errors()[0])}") from None
+        raise UserError(f"recipe {origin}: {_describe(kind, error.errors()[0])}") from None
 
 
-def recipe_keys() -> list[str]:
+def recipe_keys(kind: type[Section] = Recipe) -> list[str]:
     """Every valid `section.key`."""
-    sections = {name: field.annotation for name, field in Recipe.model_fields.items()}
+    sections = {name: field.annotation for name, field in kind.model_fields.items()}
     return [f"{name}.{key}" for name, section in sections.items() for key in section.model_fields]  # type: ignore[union-attr]
 
 
@@ -459,7 +503,7 @@ def _coerce(node: Any, where: str = "") -> Any:
 
 
 # Values that are text whatever they look like: YAML would read 2024 as a number and `/a #b` as /a.
-TEXT = ("data.path", "run.dir", "run.time_limit", "run.wandb_project", "train.deepspeed")
+TEXT = ("data.path", "model.source", "run.dir", "run.time_limit", "run.wandb_project", "train.deepspeed")
 
 
 def _number(value: Any) -> Any:
@@ -472,13 +516,13 @@ def _number(value: Any) -> Any:
     return value
 
 
-def _describe(error: Any) -> str:
+def _describe(kind: type[Section], error: Any) -> str:
     where = ".".join(str(part) for part in error["loc"] if part not in ("bool", "int"))
     found = error.get("input")
     if error["type"] == "extra_forbidden":
-        sections = {name: field.annotation.model_fields for name, field in Recipe.model_fields.items()}  # type: ignore[union-attr]
+        sections = {name: field.annotation.model_fields for name, field in kind.model_fields.items()}  # type: ignore[union-attr]
         owners = [name for name, fields in sections.items() if isinstance(found, dict) and set(found) <= set(fields)]
-        candidates = recipe_keys() if "." in where else owners or list(sections)
+        candidates = recipe_keys(kind) if "." in where else owners or list(sections)
         return f"unknown key {where}{_nearest(where, candidates)}"
     if error["type"] == "value_error":
         return f"{where}: {error['ctx']['error']}" if where else str(error["ctx"]["error"])

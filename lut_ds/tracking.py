@@ -108,7 +108,13 @@ class Progress:
     """One line with steps, images/s, ETA and a few metrics: a bar on a terminal, a line every half minute elsewhere."""
 
     def __init__(
-        self, total: int, done: int, images_per_step: int, flops_per_image: float, peak_flops: float | None
+        self,
+        total: int,
+        done: int,
+        images_per_step: int,
+        flops_per_image: float,
+        peak_flops: float | None,
+        title: str = "pretrain",
     ) -> None:
         self._images, self._flops, self._peak = images_per_step, flops_per_image, peak_flops
         terminal = sys.stderr.isatty()
@@ -122,7 +128,7 @@ class Progress:
             disable=None if terminal else False,
             bar_format="{desc} {n_fmt}/{total_fmt} steps [{elapsed}<{remaining}, {rate_fmt}{postfix}]",
         )
-        self._bar.set_description("pretrain")
+        self._bar.set_description(title)
 
     def update(self, steps: int, images_per_second: float, shown: Mapping[str, float]) -> None:
         """Advance by `steps` with the current speed and values to show."""

@@ -10,7 +10,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from lut_ds.config import Recipe
+from lut_ds.config import RunRecipe
 from lut_ds.errors import UserError
 
 # Allowed keys: a dict is a nested section; a type or the allowed values say what DeepSpeed itself would take unseen or end on
@@ -81,7 +81,7 @@ def config_folder() -> Path:
     return package / "ds_configs" if (package / "ds_configs").is_dir() else package.parent / "ds_configs"
 
 
-def load_ds_config(recipe: Recipe) -> dict[str, Any]:
+def load_ds_config(recipe: RunRecipe) -> dict[str, Any]:
     """The file the recipe names with the recipe's overrides, validated; without what the recipe decides.
 
     Raises:
@@ -107,7 +107,7 @@ def load_ds_config(recipe: Recipe) -> dict[str, Any]:
     return config
 
 
-def resolve_ds_config(config: dict[str, Any], recipe: Recipe, micro_batch: int, accumulation: int) -> dict[str, Any]:
+def resolve_ds_config(config: dict[str, Any], recipe: RunRecipe, micro_batch: int, accumulation: int) -> dict[str, Any]:
     """Everything DeepSpeed is given: the validated file plus batch sizes, precision and clipping from the recipe."""
     resolved = {
         **config,
@@ -178,7 +178,7 @@ def _misfit(value: Any, kind: Any) -> str | None:
     return None if fits else expected
 
 
-def _check_values(config: dict[str, Any], recipe: Recipe, origin: str) -> None:
+def _check_values(config: dict[str, Any], recipe: RunRecipe, origin: str) -> None:
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
     from pydantic import ValidationError
 

@@ -17,7 +17,7 @@ from typing import Any, TextIO
 
 import yaml
 
-from lut_ds.config import Recipe
+from lut_ds.config import RunRecipe
 from lut_ds.engine.files import write_text_atomically
 from lut_ds.engine.manifest import step_folders
 from lut_ds.errors import RunFault, UserError
@@ -26,6 +26,7 @@ from lut_ds.errors import RunFault, UserError
 FREE = {
     "data.path",
     "data.threads",
+    "data.eval_batch",
     "data.prefetch",
     "data.hw_decoder_load",
     "data.max_bad_share",
@@ -51,12 +52,12 @@ PACKAGES = (
 )
 
 
-def run_folder(recipe: Recipe, recipe_name: str) -> Path:
+def run_folder(recipe: RunRecipe, recipe_name: str) -> Path:
     """Folder of a run: `run.dir`, or runs/<recipe>."""
     return Path(recipe.run.dir) if recipe.run.dir else Path("runs") / Path(recipe_name).stem
 
 
-def open_run_folder(folder: Path, recipe: Recipe, notes: dict[str, Any] | None = None) -> TextIO:
+def open_run_folder(folder: Path, recipe: RunRecipe, notes: dict[str, Any] | None = None) -> TextIO:
     """Create the folder, or check that it holds a run of the same recipe; write the resolved recipe and environment.
 
     Args:
@@ -85,7 +86,7 @@ def open_run_folder(folder: Path, recipe: Recipe, notes: dict[str, Any] | None =
     return lock
 
 
-def check_run_folder(folder: Path, recipe: Recipe) -> None:
+def check_run_folder(folder: Path, recipe: RunRecipe) -> None:
     """Refuse a folder that holds something else or a run of another recipe; changes nothing.
 
     Raises:
@@ -140,7 +141,7 @@ def _claim(folder: Path) -> TextIO:
     return file
 
 
-def _check_same(folder: Path, stored: Path, recipe: Recipe) -> None:
+def _check_same(folder: Path, stored: Path, recipe: RunRecipe) -> None:
     try:
         old = yaml.safe_load(stored.read_text())
         assert isinstance(old, dict)
@@ -154,9 +155,9 @@ def _check_same(folder: Path, stored: Path, recipe: Recipe) -> None:
         )
 
 
-def recipe_difference(stored: dict[str, Any], recipe: Recipe) -> str | None:
+def recipe_difference(stored: dict[str, Any], recipe: RunRecipe) -> str | None:
     """The first key of what is learned whose value is another in a stored recipe, with both values; None if there is none."""
-    new, defaults = (json.loads(r.model_dump_json()) for r in (recipe, Recipe()))
+    new, defaults = (json.loads(r.model_dump_json()) for r in (recipe, type(recipe)()))
     for section in new:
         old = stored.get(section)
         for key, value in new[section].items():

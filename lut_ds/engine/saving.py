@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lut_ds import __version__
-from lut_ds.config import Recipe
+from lut_ds.config import RunRecipe
 from lut_ds.engine import state
 from lut_ds.engine.checkpoint import CheckpointStore, Saved
 from lut_ds.engine.launch import Ranks
@@ -31,7 +31,7 @@ class Saver:
 
     def __init__(
         self,
-        recipe: Recipe,
+        recipe: RunRecipe,
         ranks: Ranks,
         folder: Path,
         steps_per_epoch: int,

@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.distributed.nn.functional as dist_functional
 from torch import Tensor, nn
 
-from lut_ds.config import Recipe
+from lut_ds.config import Recipe, RunRecipe
 from lut_ds.engine.build import build_student, build_teacher, compile_blocks
 from lut_ds.engine.ds_config import load_ds_config, resolve_ds_config, zero_stage
 from lut_ds.engine.ema import WeightEMA
@@ -45,6 +45,27 @@ class Votes(NamedTuple):
 NO_VOTES = Votes()
 
 
+class Learner(NamedTuple):
+    """What a `Trainer` trains."""
+
+    student: nn.Module
+    """Initialised alike on every rank; parameters are fp32."""
+    teacher: nn.Module | None
+    """Takes the average of the student's weights; its parameters are named as the student's."""
+    metric_names: tuple[str, ...]
+    """Of the losses that a micro-batch gives; the first is the one that the guards watch."""
+    groups: list[dict[str, Any]]
+    """AdamW's; one with `lr_scale` has that many times the schedule's learning rate."""
+
+
+def pretraining(recipe: Recipe, device: torch.device) -> Learner:
+    """Student and teacher of a pre-training recipe, on the device."""
+    student = build_student(recipe).to(device)
+    teacher = build_teacher(recipe, student, device)
+    names = ("loss", "mae", "bc", "feature_spread") if teacher is not None else ("loss", "mae", "feature_spread")
+    return Learner(student, teacher, names, parameter_groups(student.named_parameters(), recipe.optim.weight_decay))
+
+
 class Trainer:
     """Student under DeepSpeed, teacher, EMA and the guards around a step.
 
@@ -55,22 +76,20 @@ class Trainer:
     """
 
     def __init__(self, recipe: Recipe, ranks: Ranks, micro_batch: int, accumulation: int) -> None:
+        self._set_up(recipe, pretraining(recipe, ranks.device), ranks, micro_batch, accumulation)
+
+    def _set_up(self, recipe: RunRecipe, learner: Learner, ranks: Ranks, micro_batch: int, accumulation: int) -> None:
         import deepspeed
 
         ds_config = load_ds_config(recipe)
         self.stage = zero_stage(ds_config)
         self.accumulation = accumulation
         self.device = ranks.device
-        student = build_student(recipe).to(ranks.device)
-        self.teacher = build_teacher(recipe, student, ranks.device)
-        self.metric_names = (
-            ("loss", "mae", "bc", "feature_spread") if self.teacher is not None else ("loss", "mae", "feature_spread")
-        )
+        student, self.teacher, self.metric_names, groups = learner
         synchronise_batch_norm(student, ranks.world_size)
         if recipe.train.compile is True or (recipe.train.compile == "auto" and ranks.device.type == "cuda"):
             # ZeRO-3's hooks are traced into the student's blocks, with a graph for each: more recompiles than torch allows.
             compile_blocks(None if self.stage == 3 else student, self.teacher)
-        groups = parameter_groups(student.named_parameters(), recipe.optim.weight_decay)
         client = GuardedAdamW(groups, lr=0.0, betas=recipe.optim.betas, eps=recipe.optim.eps)
         fp32_buffers = {name: buffer.clone() for name, buffer in student.named_buffers()}
         self.engine, *_ = deepspeed.initialize(
@@ -123,7 +142,7 @@ class Trainer:
         if self._hold_spikes:
             self._blocked = torch.maximum(self._blocked, (loss > limit).float())
         for group in self.engine.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_scale", 1.0)
         norm = self._step()
         applied = 1 - self._blocked
         for buffer, old in zip(self._batch_norm, before, strict=True):
@@ -139,7 +158,8 @@ class Trainer:
             return torch.full((), torch.inf, device=self.device)
         return self.window.limit()
 
-    def _backward(self, batch: MicroBatch) -> dict[str, Tensor]:
+    def _backward(self, batch: Any) -> dict[str, Tensor]:
+        """Run a micro-batch and back-propagate `loss`; returns the values of `metric_names`."""
         teacher_q = None
         if self.teacher is not None:
             with self.clock:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from lut_ds.config import Recipe
+from lut_ds.config import RunRecipe
 from lut_ds.engine.launch import Ranks
 from lut_ds.engine.signals import StopRequest
 from lut_ds.engine.timelimit import end_time
@@ -28,7 +28,7 @@ class StopConditions:
 
     def __init__(
         self,
-        recipe: Recipe,
+        recipe: RunRecipe,
         ranks: Ranks,
         folder: Path,
         signals: StopRequest,

@@ -8,18 +8,19 @@ from collections.abc import Callable, Generator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from lut_ds.config import Recipe
+from lut_ds.config import Recipe, RunRecipe
 from lut_ds.data import sources
 from lut_ds.data.loader import Batch, PretrainLoader
 from lut_ds.data.order import BlockOrder, Order, SampleOrder
 from lut_ds.data.tuning import Loading, choose_loading
 from lut_ds.data.views import Photometric, ViewSpec
 from lut_ds.engine.badsamples import BadSampleWatch
+from lut_ds.engine.build import flops_shape
 from lut_ds.engine.launch import Ranks, discover_ranks, process_group, rank_cores
 from lut_ds.engine.runfolder import open_run_folder, run_folder
 from lut_ds.engine.schedules import ema_decay_at, lr_at, peak_lr
@@ -30,8 +31,19 @@ from lut_ds.engine.warmup import check_allocation, describe_cluster
 from lut_ds.engine.watch import Outcome, Watch
 from lut_ds.errors import RunFault, UserError
 from lut_ds.method.degradations import make_degradation
+from lut_ds.method.flops import step_flops
 
 T = TypeVar("T")
+Evaluate = Callable[[int, Callable[[str], None]], None]
+
+
+class StepSchedule(Protocol):
+    """What changes from step to step (0-based); `total_steps` is the length of the run."""
+
+    total_steps: int
+
+    def lr(self, step: int) -> float: ...
+    def ema_decay(self, step: int) -> float: ...
 
 
 class Schedule:
@@ -101,14 +113,14 @@ def pretrain(recipe: Recipe, recipe_name: str) -> Outcome:
         RunFault: disk full, too much unreadable data, or too many bad steps; the last good checkpoint is intact.
     """
     ranks = discover_ranks()
-    _set_up_process(recipe, ranks)
+    set_up_process(recipe, ranks)
     micro_batch, accumulation = split_batch(recipe.train.global_batch, recipe.train.micro_batch, ranks.world_size)
     check_batch_norm(recipe, micro_batch * ranks.world_size)
     folder = run_folder(recipe, recipe_name)
     with process_group(ranks), listen(recipe.run.stop_signals) as signals, ExitStack() as opened:
-        source = _on_all(lambda: open_source(recipe), name_rank=True)
-        notes = _warm_up(recipe, ranks, source)
-        _on_all(lambda: opened.enter_context(open_run_folder(folder, recipe, notes)) if ranks.main else None)
+        source = on_all(lambda: open_source(recipe), name_rank=True)
+        notes = warm_up(recipe, ranks, source)
+        on_all(lambda: opened.enter_context(open_run_folder(folder, recipe, notes)) if ranks.main else None)
         loader = PretrainLoader(
             source,
             view_specs(recipe),
@@ -127,16 +139,38 @@ def pretrain(recipe: Recipe, recipe_name: str) -> Outcome:
         )
         with loader:
             trainer = Trainer(recipe, ranks, micro_batch, accumulation)
-            return _loop(recipe, ranks, folder, loader, trainer, signals)
+            schedule = Schedule(recipe, loader.steps_per_epoch)
+            flops = step_flops(flops_shape(recipe))["total"]
+            return train(recipe, ranks, folder, loader, trainer, signals, schedule, flops)
 
 
-def _loop(
-    recipe: Recipe, ranks: Ranks, folder: Path, loader: PretrainLoader, trainer: Trainer, signals: StopRequest
+def train(
+    recipe: RunRecipe,
+    ranks: Ranks,
+    folder: Path,
+    loader: PretrainLoader,
+    trainer: Trainer,
+    signals: StopRequest,
+    schedule: StepSchedule,
+    flops_per_image: float,
+    title: str = "pretrain",
+    evaluate: Evaluate | None = None,
 ) -> Outcome:
-    schedule = Schedule(recipe, loader.steps_per_epoch)
+    """Run, or continue, the loop over optimizer steps.
+
+    Args:
+        recipe, ranks, folder, loader, trainer: of the run; the process group exists, and the run folder is ours.
+        signals: what asks to stop.
+        schedule: learning rate and EMA decay by step.
+        flops_per_image: of a step, for the utilisation that is shown; title: of the progress bar.
+        evaluate: called on all ranks after every epoch and the last step, before these are saved, with the steps done and a
+            function that shows a line.
+    """
     stop_step = min(schedule.total_steps, recipe.train.max_steps or schedule.total_steps)
     save_every = recipe.run.save_every or loader.steps_per_epoch
-    watch = Watch(recipe, ranks, folder, trainer, loader.steps_per_epoch, stop_step, loader.names)
+    watch = Watch(
+        recipe, ranks, folder, trainer, loader.steps_per_epoch, stop_step, loader.names, flops_per_image, title
+    )
     step, stopped = watch.resume(trainer), False
     bad_samples = BadSampleWatch(loader, folder, ranks, recipe.data.max_bad_share, watch.say)
     stop = StopConditions(recipe, ranks, folder, signals, lambda: watch.saver.slowest, watch.say)
@@ -161,6 +195,9 @@ def _loop(
                     batches.close()
                     batches = _batches(loader, watch, step, stop_step)
                     continue  # a stop that was asked for ends the loop: what it would save is saved
+            if evaluate is not None and (last or step % loader.steps_per_epoch == 0):
+                watch.guards.saving()
+                evaluate(step, watch.say)
             if last or stopped or step % save_every == 0:
                 watch.save(step, trainer, wait=last or stopped)
         return watch.outcome(step, stop.agree() if stopped else None)
@@ -174,7 +211,7 @@ def _batches(loader: PretrainLoader, watch: Watch, start: int, stop: int) -> Gen
         yield from loader.batches(first, last)
 
 
-def _set_up_process(recipe: Recipe, ranks: Ranks) -> None:
+def set_up_process(recipe: RunRecipe, ranks: Ranks) -> None:
     """Threads and determinism of this process: on CPUs, and with `run.deterministic`, the same seed gives the same bits."""
     if ranks.device.type == "cpu":
         if "OMP_NUM_THREADS" not in os.environ:
@@ -186,7 +223,7 @@ def _set_up_process(recipe: Recipe, ranks: Ranks) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
-def _on_all(action: Callable[[], T], name_rank: bool = False) -> T:
+def on_all(action: Callable[[], T], name_rank: bool = False) -> T:
     """Run `action` on every rank; the error of one is every rank's, so that none waits for the others.
 
     Args:
@@ -207,7 +244,7 @@ def _on_all(action: Callable[[], T], name_rank: bool = False) -> T:
     return result  # type: ignore[return-value]  # no problem: the action returned
 
 
-def _warm_up(recipe: Recipe, ranks: Ranks, source: sources.Source) -> dict[str, Any]:
+def warm_up(recipe: RunRecipe, ranks: Ranks, source: sources.Source) -> dict[str, Any]:
     """Compare the ranks before the first step; what was found, for environment.jsonl."""
     if ranks.world_size == 1:
         return {}

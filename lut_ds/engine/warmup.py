@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lut_ds.config import Recipe
+from lut_ds.config import RunRecipe
 from lut_ds.data.sources import Source
 from lut_ds.engine.launch import Ranks, discover_ranks, process_group
 from lut_ds.engine.runfolder import git_state, package_versions
@@ -40,7 +40,7 @@ SAMPLES = 4  # images that each rank tries to read
 Facts = dict[str, Any]
 
 
-def check_allocation(ranks: Ranks, recipe: Recipe | None = None, source: Source | None = None) -> dict[str, Any]:
+def check_allocation(ranks: Ranks, recipe: RunRecipe | None = None, source: Source | None = None) -> dict[str, Any]:
     """Compare the ranks and measure their links; the process group exists. All ranks call this together.
 
     Args:
@@ -81,7 +81,7 @@ def check_allocation(ranks: Ranks, recipe: Recipe | None = None, source: Source 
     return report
 
 
-def _facts(ranks: Ranks, recipe: Recipe | None, source: Source | None) -> Facts:
+def _facts(ranks: Ranks, recipe: RunRecipe | None, source: Source | None) -> Facts:
     """What this rank tells the others. `same` must agree among ranks; `problem` is why its data cannot be read."""
     cuda = ranks.device.type == "cuda"
     versions = {"python": platform.python_version(), **package_versions(), "CUDA": torch.version.cuda}

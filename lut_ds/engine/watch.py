@@ -11,17 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lut_ds.config import Recipe
+from lut_ds.config import RunRecipe
 from lut_ds.data.loader import Batch
 from lut_ds.engine.badsamples import BadSampleWatch
-from lut_ds.engine.build import flops_shape
 from lut_ds.engine.guards.panel import Guards
 from lut_ds.engine.launch import Ranks
 from lut_ds.engine.runfolder import tracker_id
 from lut_ds.engine.saving import Saver
 from lut_ds.engine.step import NO_VOTES, Trainer, Votes
 from lut_ds.errors import RunFault
-from lut_ds.method.flops import step_flops
 from lut_ds.tracking import EventLog, MetricsLog, Progress, WandbMirror
 
 # Dense bf16 peak of devices, FLOP/s; MFU is shown only where it is known.
@@ -87,14 +85,17 @@ class Watch:
 
     def __init__(
         self,
-        recipe: Recipe,
+        recipe: RunRecipe,
         ranks: Ranks,
         folder: Path,
         trainer: Trainer,
         steps_per_epoch: int,
         stop_step: int,
         names: Callable[[Sequence[int]], list[str]],
+        flops_per_image: float,
+        title: str = "pretrain",
     ) -> None:
+        self._flops, self._title = flops_per_image, title
         self._recipe, self._ranks, self._folder = recipe, ranks, folder
         self._per_epoch, self._stop_step = steps_per_epoch, stop_step
         self._recorder = StepRecorder(trainer.metric_names)
@@ -129,8 +130,8 @@ class Watch:
     def _open(self, start: int) -> None:
         recipe, ranks = self._recipe, self._ranks
         self._log = MetricsLog(self._folder / "metrics.jsonl", start)
-        flops = step_flops(flops_shape(recipe))["total"]
-        self._progress = Progress(self._stop_step, start, recipe.train.global_batch, flops, peak_flops(ranks))
+        images = recipe.train.global_batch
+        self._progress = Progress(self._stop_step, start, images, self._flops, peak_flops(ranks), self._title)
         if recipe.run.wandb != "off":
             config = recipe.model_dump(mode="json")
             run_id = tracker_id(self._folder)
