@@ -3,12 +3,14 @@
 import json
 import os
 import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from torch import Tensor
 
 from lut_ds.config import Model
 from lut_ds.errors import RunFault, UserError
@@ -66,6 +68,16 @@ def timm_config(model: Model) -> dict[str, Any]:
     }
 
 
+def classifier_config(model: Model, pool: str, labels: Sequence[str], about: dict[str, Any]) -> dict[str, Any]:
+    """The config.json of a fine-tuned classifier; `about` says where it comes from."""
+    config = timm_config(model)
+    pooling = {"global_pool": "avg", "fc_norm": True} if pool == "mean" else {"global_pool": "token", "fc_norm": False}
+    config["model_args"] |= pooling
+    config["num_classes"] = config["pretrained_cfg"]["num_classes"] = len(labels)
+    config["pretrained_cfg"]["label_names"] = list(labels)
+    return {**config, "lut_ds": about}
+
+
 @dataclass(frozen=True)
 class Origin:
     """An encoder to write, its sizes, and where it comes from (for config.json)."""
@@ -101,7 +113,7 @@ def export_timm(source: str | Path, kind: Kind, output: str | Path, heads: int |
     folder = Path(output).absolute()
     _check_output(folder)
     architecture, model_args = timm_architecture(origin.model)
-    _write(folder, origin)
+    write_timm(folder, {**timm_config(origin.model), "lut_ds": origin.about}, origin.encoder.state_dict())
     weights = folder / WEIGHTS
     arguments = "".join(f", {key}={value!r}" for key, value in model_args.items())
     return {
@@ -128,13 +140,16 @@ def _published(source: str | Path, kind: Kind, heads: int | None) -> Origin:
     return Origin(found.encoder(), found.model, about)
 
 
-def _write(folder: Path, origin: Origin) -> None:
-    config = {**timm_config(origin.model), "lut_ds": origin.about}
-    tensors = {name: tensor.contiguous() for name, tensor in origin.encoder.state_dict().items()}
+def write_timm(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Write config.json and model.safetensors aside and put them where `folder` is, replacing it whole.
+
+    Raises:
+        RunFault: the folder cannot be written; what was there is unchanged.
+    """
     aside = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     try:
         aside.mkdir(parents=True)
-        save_file(tensors, aside / WEIGHTS, {"format": "pt"})
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside / WEIGHTS, {"format": "pt"})
         (aside / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
         _replace_folder(aside, folder)
     except (OSError, SafetensorError) as error:

@@ -1,0 +1,199 @@
+"""The recipe of fine-tuning: the sections that pre-training shares, a classifier, and what is done to its images."""
+
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from lut_ds.config import (
+    Area,
+    Decay,
+    Fraction,
+    Guard,
+    Optim,
+    Positive,
+    Precision,
+    Run,
+    Section,
+    Strength,
+    Train,
+    load_sections,
+)
+from lut_ds.data.randaugment import parse_randaugment
+from lut_ds.transfer.classifier import Pool
+
+
+class FinetuneModel(Section):
+    """Shape of the classifier, and the weights that it starts from."""
+
+    source: str | None = None
+    """Run folder, checkpoint folder, or .pth file of the published LUT or MAE code."""
+    weights: Literal["ema", "student"] = "student"
+    """Whose weights of the source: the student's (as the references), or the EMA teacher's."""
+    image_size: Positive = 224
+    """Side of the images, pixels; positions are interpolated to its grid."""
+    patch_size: Positive = 16
+    """Side of a patch, pixels."""
+    width: Positive = 768
+    """Embedding width D."""
+    depth: Positive = 12
+    """Blocks."""
+    heads: Positive = 12
+    """Attention heads."""
+    mlp_ratio: Annotated[float, Field(gt=0)] = 4.0
+    """Hidden width of the MLPs over D."""
+    pool: Pool = "mean"
+    """Mean of the patch tokens, then a norm of its own; or the cls token after the final norm."""
+    drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Stochastic depth of the last block; it rises linearly from 0 at the first."""
+    head_std: Annotated[float, Field(ge=0)] = 2e-5
+    """Standard deviation of the head's initial weights (truncated normal)."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> "FinetuneModel":
+        for large, small in (("image_size", "patch_size"), ("width", "heads")):
+            a, b = getattr(self, large), getattr(self, small)
+            if a % b:
+                raise ValueError(f"{large} {a} is not divisible by {small} {b}; change one of them")
+        return self
+
+
+class FinetuneData(Section):
+    """What is read, and how it is cropped. Evaluation: Resize(int(S/.875)) bicubic and a central crop of S."""
+
+    path: str | None = None
+    """Image folder with train/<class>/*.jpg and val/<class>/*.jpg, or a source of your own: package.module:factory?argument."""
+    crop_scale: tuple[Area, Area] = (0.08, 1.0)
+    """Area range of RandomResizedCrop (bicubic)."""
+    hflip: Fraction = 0.5
+    """Probability of a horizontal flip."""
+    eval_batch: Positive = 128
+    """Images a rank and forward pass of an evaluation."""
+    threads: Positive | None = None
+    """Decoding threads of each rank, and as many for RandAugment; null: as tuned, else its cores, at most 8."""
+    prefetch: Positive | None = None
+    """Micro-batches prepared ahead; null: as tuned, else 2."""
+    hw_decoder_load: Fraction | None = None
+    """Share of the JPEGs that a GPU's hardware decoder takes, where images are decoded on the GPU; null: as tuned, else 0.65."""
+    max_bad_share: Fraction = 0.01
+    """Stop when more of the samples seen than this, or of 1,000 if that is more, cannot be read or decoded."""
+    retry_seconds: Annotated[float, Field(ge=0, le=1200)] = 300.0
+    """How long to wait for a data set of which nothing can be read, seconds; stay below guard.hang_seconds."""
+
+    @field_validator("crop_scale")
+    @classmethod
+    def _rising(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if value[0] > value[1]:
+            raise ValueError(f"expected [smallest, largest], found {list(value)}; swap them")
+        return value
+
+
+class Augment(Section):
+    """What is done to the training images beyond crop and flip, and to their labels."""
+
+    randaugment: str = "rand-m9-mstd0.5-inc1"
+    """RandAugment in timm's notation (set inc1), or none. It runs on the CPU, on PIL images; then images are decoded there too."""
+    mixup: Strength = 0.8
+    """Beta parameter of mixup; 0: off."""
+    cutmix: Strength = 1.0
+    """Beta parameter of CutMix; 0: off."""
+    mix_prob: Fraction = 1.0
+    """Probability that a micro-batch is mixed."""
+    switch_prob: Fraction = 0.5
+    """Probability of CutMix where both are on."""
+    smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Label smoothing."""
+    erasing: Fraction = 0.25
+    """Probability that a rectangle of an image becomes noise (random erasing, timm's mode pixel)."""
+
+    @field_validator("randaugment")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        if value != "none":
+            parse_randaugment(value)
+        return value
+
+
+class FinetuneOptim(Optim):
+    """How it is optimised: AdamW with layer decay, linear warm-up from 0, then a half cosine by fractional epoch."""
+
+    blr: Annotated[float, Field(ge=0)] = 1e-3
+    """Base learning rate; `lr_rule` makes the peak from it."""
+    lr_rule: Literal["sqrt", "linear"] = "sqrt"
+    """Peak: `sqrt` blr*sqrt(global_batch)/8 (LUT's code), `linear` blr*global_batch/256 (MAE); equal at 1024."""
+    min_lr: Annotated[float, Field(ge=0)] = 1e-6
+    """Learning rate at the end, before layer decay."""
+    warmup_epochs: Annotated[float, Field(ge=0)] = 5.0
+    """Epochs of linear warm-up."""
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
+    """AdamW's moment decays."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    """Decoupled weight decay; none on 1-D tensors, cls token and positions."""
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 0.75
+    """A layer's learning rate over that of the layer after it."""
+    ema_decay: Decay | None = None
+    """Keep an average of the weights with this decay a step, and evaluate that; null: evaluate the weights."""
+
+
+class FinetunePrecision(Precision):
+    """In which numbers."""
+
+    teacher: Literal["fp32", "bf16"] = "fp32"
+    """Replica of the average (optim.ema_decay), which is what is evaluated."""
+
+
+class FinetuneTrain(Train):
+    """How long, in which batches, and how it is distributed."""
+
+    epochs: Positive = 100
+    """Length of the schedules, epochs."""
+    global_batch: Positive = 1024
+    """Images an optimizer step, over all ranks and accumulation."""
+
+
+class FinetuneRun(Run):
+    """Where it goes and how it is watched."""
+
+    keep_every_epochs: Positive | None = None
+    """Checkpoints at multiples of this epoch are kept for ever; the best epoch's model is kept in best/ in any case."""
+
+
+class FinetuneRecipe(Section):
+    """A whole fine-tuning."""
+
+    model: FinetuneModel = Field(default_factory=FinetuneModel)
+    data: FinetuneData = Field(default_factory=FinetuneData)
+    augment: Augment = Field(default_factory=Augment)
+    optim: FinetuneOptim = Field(default_factory=FinetuneOptim)
+    train: FinetuneTrain = Field(default_factory=FinetuneTrain)
+    precision: FinetunePrecision = Field(default_factory=FinetunePrecision)
+    guard: Guard = Field(default_factory=Guard)
+    run: FinetuneRun = Field(default_factory=FinetuneRun)
+
+    @model_validator(mode="after")
+    def _combine(self) -> "FinetuneRecipe":
+        if self.train.micro_batch is not None and self.train.global_batch % self.train.micro_batch:
+            raise ValueError(
+                f"train.micro_batch {self.train.micro_batch} does not divide train.global_batch {self.train.global_batch}; "
+                "change one of them"
+            )
+        if self.optim.warmup_epochs > 0 and self.optim.warmup_epochs >= self.train.epochs:
+            raise ValueError(
+                f"optim.warmup_epochs {self.optim.warmup_epochs} is not below train.epochs {self.train.epochs}; change one of them"
+            )
+        return self
+
+
+def finetune_folder() -> Path:
+    """Folder of the shipped fine-tuning recipes."""
+    return Path(str(resources.files("lut_ds"))) / "recipes" / "finetune"
+
+
+def load_finetune_recipe(name_or_path: str, overrides: list[str]) -> FinetuneRecipe:
+    """Read a fine-tuning recipe by name or path and apply `section.key=value` overrides.
+
+    Raises:
+        UserError: unknown recipe or key (the nearest valid one is named), wrong type, impossible combination.
+    """
+    return load_sections(FinetuneRecipe, name_or_path, overrides, finetune_folder())
