@@ -21,12 +21,16 @@ class MetricsLog:
 
     Args:
         path: the file; records after `resume_step` and a torn last line are dropped, as those steps are run again.
+
+    Attributes:
+        last: step of the last record that was kept, or 0; below `resume_step` only if something else damaged the file.
     """
 
     def __init__(self, path: Path, resume_step: int) -> None:
         self.path = path
         kept = [record for record in read_metrics(path) if record["step"] <= resume_step]
-        aside = path.with_name(f".{path.name}.{os.getpid()}")
+        self.last: int = kept[-1]["step"] if kept else 0
+        aside = path.with_name(f".{path.name}.partial")  # what a killed process left is taken over by the next
         with aside.open("w") as file:
             file.writelines(_line(record) for record in kept)
             file.flush()

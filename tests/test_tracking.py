@@ -67,6 +67,7 @@ def test_records_are_there_before_the_file_is_closed(path: Path) -> None:
 def test_a_resumed_run_drops_what_it_will_run_again(path: Path, resume: int, kept: list[int]) -> None:
     written(path, 1, 2, 3, 4, 5, 6)
     log = MetricsLog(path, resume)
+    assert log.last == len(kept)
     log.write(records(resume + 1))
     log.close()
     assert read_metrics(path) == records(*kept, resume + 1)
@@ -77,6 +78,14 @@ def test_kept_lines_do_not_change_by_a_byte(path: Path) -> None:
     before = written(path, 1, 2, 3).read_bytes()
     MetricsLog(path, 3).close()
     assert path.read_bytes() == before
+
+
+def test_what_a_killed_start_left_beside_it_does_not_stay(path: Path) -> None:
+    before = written(path, 1, 2, 3).read_bytes()
+    path.with_name(f".{path.name}.partial").write_text("half a li")
+    MetricsLog(path, 3).close()
+    assert path.read_bytes() == before
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

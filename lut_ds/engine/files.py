@@ -68,8 +68,8 @@ def write_json(path: Path, value: Any) -> dict[str, Any]:
 
 
 def write_text_atomically(path: Path, text: str) -> None:
-    """Replace a file's content in one step, so that a reader never sees half of it."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    """Replace a file's content in one step, so that a reader never sees half of it; one process writes at a time."""
+    aside = path.with_name(f".{path.name}.partial")  # what a killed process left is taken over by the next
     with aside.open("w") as file:
         file.write(text)
         file.flush()

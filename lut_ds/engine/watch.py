@@ -138,6 +138,11 @@ class Watch:
             self._wandb = WandbMirror(
                 recipe.run.wandb, recipe.run.wandb_project, run_id, self._folder.name, self._folder, config
             )
+        if self._log.last < start:  # no crash does this: records are on the disk before their checkpoint
+            lost = (
+                f"metrics.jsonl: the records of steps {self._log.last + 1} to {start} are lost; the run goes on without"
+            )
+            self._event("metrics_lost", lost, step=start, first=self._log.last + 1)
 
     def timed(self, batches: Iterable[Batch]) -> Iterable[Batch]:
         """The same batches; the time spent waiting for them is counted."""

@@ -63,11 +63,19 @@ def nursery() -> Nursery:
 
 
 class Rank:
-    """A rank that the nursery forked, with what tests need of `subprocess.Popen`."""
+    """A rank that the nursery forked, with what tests need of `subprocess.Popen`.
 
-    def __init__(self, module: str, arguments: list[str], env: dict[str, str]) -> None:
+    Args:
+        module, arguments: what it runs.
+        env: its whole environment.
+        said: existing files for its standard output and error; None makes some.
+    """
+
+    def __init__(
+        self, module: str, arguments: list[str], env: dict[str, str], said: tuple[Path, Path] | None = None
+    ) -> None:
         self._nursery = nursery()
-        self._said = [Path(tempfile.mkstemp(dir=self._nursery.files.name)[1]) for _ in range(2)]
+        self._said = said or [Path(tempfile.mkstemp(dir=self._nursery.files.name)[1]) for _ in range(2)]
         out, err = map(str, self._said)
         pid = self._nursery.ask(module=module, arguments=arguments, env=env, cwd=str(ROOT), out=out, err=err)
         assert pid is not None
