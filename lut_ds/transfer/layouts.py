@@ -1,0 +1,165 @@
+"""Checkpoint files of other code: which layout a file has, and the encoder in it under timm's names."""
+
+import argparse
+import json
+import pickle
+import warnings
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from lut_ds.errors import UserError
+from lut_ds.transfer.load import Kind
+
+# First parts of timm's names in a plain ViT; anything else in a file belongs to heads, decoders and objectives.
+ENCODER_PARTS = ("cls_token", "pos_embed", "patch_embed", "blocks", "norm", "norm_pre", "fc_norm", "reg_token")
+_WRAPPERS = ("module.", "base_encoder.", "momentum_encoder.", "backbone.", "ema.", "encoder.")
+
+
+@dataclass(frozen=True)
+class StateDict:
+    """The encoder of a file.
+
+    Attributes:
+        layout: lut, mae, moco_v3, dino, ibot or plain.
+        kind: whose weights, None where the file has one set and does not say.
+        weights: fp32, finite, with timm's names.
+        left_out: tensors of each other part, by the first part of its name.
+        epoch: the one it was saved after, where the file says so.
+    """
+
+    layout: str
+    kind: Kind | None
+    weights: dict[str, Tensor]
+    left_out: dict[str, int]
+    epoch: int | None
+
+
+def read_state_dict(path: Path, kind: Kind | None) -> StateDict:
+    """Read a .safetensors file, or a file of torch.save without running anything that is in it.
+
+    Known layouts: LUT and MAE (`model`, `model_ema`), MoCo v3 (`state_dict` with base and momentum encoder), DINO and iBOT
+    (`student`, `teacher`), and an encoder alone, at the top or under `state_dict` or `model`.
+
+    Args:
+        kind: the student (MoCo's base encoder), or the average of it; None takes the average where there is one.
+
+    Raises:
+        UserError: no such file, not readable safely, no such weights in it, or values that are not finite.
+    """
+    content = _load_safetensors(path) if path.suffix == ".safetensors" else load_safely(path)
+    layout, found, state = _find(content, kind, path)
+    weights: dict[str, Tensor] = {}
+    left_out: Counter[str] = Counter()
+    for name, value in state.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise UserError(
+                f"checkpoint: {path}: expected tensors, found something else at {name}; is it a state dict?"
+            )
+        short = _unwrapped(name)
+        part = short.partition(".")[0]
+        if part in ENCODER_PARTS:
+            weights[short] = value.float() if value.is_floating_point() else value
+        else:
+            left_out[part] += 1
+    if layout == "dino" and "masked_embed" in left_out:
+        layout = "ibot"
+    if not weights:
+        raise UserError(f"checkpoint: {path}: expected a Vision Transformer, found {_some(state)}; name another file")
+    check_finite(weights, path)
+    epoch = content.get("epoch")
+    return StateDict(layout, found, weights, dict(left_out), epoch if isinstance(epoch, int) else None)
+
+
+def check_finite(weights: Mapping[str, Tensor], path: str | Path) -> None:
+    """UserError naming the first tensor with NaN or infinity in it."""
+    broken = next((name for name, value in weights.items() if not torch.isfinite(value).all()), None)
+    if broken is not None:
+        raise UserError(f"checkpoint: {path}: expected finite weights, found NaN or infinity in {broken}; use another")
+
+
+def load_safely(path: Path) -> Mapping[Any, Any]:
+    """What torch.save wrote: tensors, numbers and text only; UserError for a file that holds code, or is damaged."""
+    try:
+        # Training code saves its arguments along; a Namespace only holds values.
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, about pickles that are not its own: they are refused below
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"checkpoint: {path}: no such file; correct the path") from None
+    except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(
+            f"checkpoint: {path}: expected tensors, found a file that cannot be read safely: {reason}"
+        ) from error
+    if not isinstance(content, Mapping):
+        raise UserError(f"checkpoint: {path}: expected a state dict, found a {type(content).__name__}")
+    return content
+
+
+def _load_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"checkpoint: {path}: cannot be read as safetensors: {error}; copy it again") from error
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The config.json of a timm export folder; UserError where it is not one."""
+    try:
+        config = json.loads(path.read_text())
+        if not isinstance(config["architecture"], str):
+            raise ValueError("architecture is no text")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"checkpoint: {path}: expected timm's config.json with an architecture, found: {error}; export it again"
+        ) from error
+    return config
+
+
+def _find(content: Mapping[Any, Any], kind: Kind | None, path: Path) -> tuple[str, Kind | None, Mapping[Any, Any]]:
+    """Layout, whose weights, and their state dict."""
+    state = content.get("state_dict")
+    if isinstance(state, Mapping):
+        moco = {
+            name: {k: v for k, v in state.items() if isinstance(k, str) and part in k}
+            for name, part in (("student", "base_encoder."), ("ema", "momentum_encoder."))
+        }
+        return ("moco_v3", *_pick(moco, kind, path)) if any(moco.values()) else ("plain", None, state)
+    if any(isinstance(content.get(entry), Mapping) for entry in ("student", "teacher")):
+        return ("dino", *_pick({"student": content.get("student"), "ema": content.get("teacher")}, kind, path))
+    model = content.get("model")
+    if isinstance(model, Mapping):
+        if "model_ema" not in content and "mask_token" not in model and kind is None:
+            return "plain", None, model
+        layout = "lut" if "model_ema" in content else "mae"
+        return (layout, *_pick({"student": model, "ema": content.get("model_ema")}, kind, path))
+    return "plain", None, content
+
+
+def _pick(sets: Mapping[str, Any], kind: Kind | None, path: Path) -> tuple[Kind, Mapping[Any, Any]]:
+    found = [name for name, state in sets.items() if isinstance(state, Mapping) and state]
+    kind = kind or ("ema" if "ema" in found else "student")
+    if kind not in found:
+        advice = "take the student's weights (--student)" if "student" in found else "take the average (--ema)"
+        raise UserError(
+            f"checkpoint: {path}: expected weights of kind {kind!r}, found {', '.join(found) or 'none'} alone; {advice}"
+        )
+    return kind, sets[kind]
+
+
+def _unwrapped(name: str) -> str:
+    while (prefix := next((w for w in _WRAPPERS if name.startswith(w)), None)) is not None:
+        name = name.removeprefix(prefix)
+    return name
+
+
+def _some(state: Mapping[Any, Any]) -> str:
+    return ", ".join(map(str, list(state)[:4])) or "nothing"
