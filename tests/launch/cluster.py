@@ -104,8 +104,8 @@ class Cluster:
         )
 
     def processes(self, words: str) -> list[str]:
-        """Command lines of the processes on all nodes that contain `words`, zombies too."""
-        shown = self.run("ps", "-eo", "stat=,args=").stdout.splitlines()
+        """Command lines, whole however narrow COLUMNS is, of the processes on all nodes that contain `words`; zombies too."""
+        shown = self.run("ps", "-ww", "-eo", "stat=,args=").stdout.splitlines()
         return [line for line in shown if words in line or (line.startswith("Z") and "python" in line)]
 
     def logs(self) -> str:
