@@ -235,24 +235,6 @@ def rank_paused(seconds: float) -> Callable[[Victim], str]:
     return inject
 
 
-def rank_hangs(limit: float) -> Callable[[Victim], str]:
-    """The last rank stands still for longer than guard.hang_seconds, `limit`."""
-
-    def inject(victim: Victim) -> str:
-        start = victim.start(f"guard.hang_seconds={limit}")
-        victim.reach(start, 2)
-        start.processes[-1].send_signal(signal.SIGSTOP)
-        code = start.processes[0].wait(6 * limit + 60)
-        start.kill()
-        (line,) = start.lines()
-        assert code == 1
-        assert f"rank {victim.ranks - 1} on " in line
-        assert "no sign of life" in line
-        return f"exit 1: {line.replace(str(victim.folder), '...')}"
-
-    return inject
-
-
 def clock_jumps(victim: Victim) -> str:
     """The wall clock goes back by an hour, then forward by a day."""
     folder = victim.folder / "clock"

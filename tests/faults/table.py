@@ -44,7 +44,6 @@ ONE: dict[str, Injection] = {
 }
 TWO: dict[str, Injection] = {
     "a rank stopped for 60 s": injections.rank_paused(60.0),
-    "a rank stopped for longer than guard.hang_seconds = 20": injections.rank_hangs(20.0),
     "SIGTERM and SIGUSR1 in a save": injections.signals_in_a_save,
     "newest 4 checkpoints damaged: bits, length, manifest": injections.damaged_checkpoints,
 }
