@@ -10,8 +10,8 @@ from scipy.ndimage import convolve, distance_transform_edt, label, sobel, unifor
 from lut_ds.transfer.robustness.corruptions.level import Level, Pixels
 from lut_ds.transfer.robustness.corruptions.resample import along_both, blur_matrix
 
-_WATER = np.array([175, 238, 238], np.float32) / 255
-_MUD = np.array([63, 42, 20], np.float32) / 255
+_WATER = np.array([175, 238, 238], np.float32) / np.float32(255)
+_MUD = np.array([63, 42, 20], np.float32) / np.float32(255)
 _LIGHT = np.array([[-2, -1, 0], [-1, 1, 1], [0, 1, 2]], np.float32)  # from above left
 _CONNECTED = np.ones((3, 3))
 
