@@ -123,30 +123,16 @@ class Method(Section):
         return 2 if self.name == "lut" else 1
 
 
-class Data(Section):
-    """What is read, and how views are drawn from it."""
+class ImageData(Section):
+    """How images are read, in pre-training and in fine-tuning."""
 
     path: str | None = None
     """Image folder (DIR/train/<class>/*.jpg, DIR/<class>/*.jpg or DIR/*.jpg), folder or pattern of .tar shards, index (.lut),
     list of files (.txt, .lst), or a source of your own: package.module:factory?argument."""
-    shuffle: Literal["global", "blocks"] = "global"
-    """Order of an epoch: `global` any sample at any time; `blocks` nearly sequential reads, for storage that needs them."""
-    shuffle_block: Positive = 256
-    """With `blocks`: neighbouring samples that are kept near each other."""
-    shuffle_window: Positive = 256
-    """With `blocks`: blocks whose samples are shuffled among themselves; batches mix no more than these."""
     hflip: Fraction = 0.5
     """Probability of a horizontal flip, drawn for each view."""
-    crop_pad: Annotated[int, Field(ge=0)] = 4
-    """Reflect padding before the random crop, pixels (LUT's views)."""
     crop_scale: tuple[Area, Area] = (0.2, 1.0)
     """Area range of RandomResizedCrop (MAE's view)."""
-    jitter: tuple[Strength, Strength, Strength, Annotated[float, Field(ge=0, le=0.5)]] = (0.4, 0.4, 0.2, 0.1)
-    """Brightness, contrast, saturation and hue strengths of view 2."""
-    jitter_prob: Fraction = 0.8
-    """Probability of the colour jitter of view 2."""
-    photometric: bool = True
-    """Colour jitter and one of gray, solarize and blur on view 2."""
     threads: Positive | None = None
     """Decoding threads of each rank; null: what `lut-ds bench loader --tune` found for this machine, else its cores, at most 8."""
     prefetch: Positive | None = None
@@ -164,6 +150,25 @@ class Data(Section):
         if value[0] > value[1]:
             raise ValueError(f"expected [smallest, largest], found {list(value)}; swap them")
         return value
+
+
+class Data(ImageData):
+    """What is read, and how views are drawn from it."""
+
+    shuffle: Literal["global", "blocks"] = "global"
+    """Order of an epoch: `global` any sample at any time; `blocks` nearly sequential reads, for storage that needs them."""
+    shuffle_block: Positive = 256
+    """With `blocks`: neighbouring samples that are kept near each other."""
+    shuffle_window: Positive = 256
+    """With `blocks`: blocks whose samples are shuffled among themselves; batches mix no more than these."""
+    crop_pad: Annotated[int, Field(ge=0)] = 4
+    """Reflect padding before the random crop, pixels (LUT's views)."""
+    jitter: tuple[Strength, Strength, Strength, Annotated[float, Field(ge=0, le=0.5)]] = (0.4, 0.4, 0.2, 0.1)
+    """Brightness, contrast, saturation and hue strengths of view 2."""
+    jitter_prob: Fraction = 0.8
+    """Probability of the colour jitter of view 2."""
+    photometric: bool = True
+    """Colour jitter and one of gray, solarize and blur on view 2."""
 
 
 class Optim(Section):

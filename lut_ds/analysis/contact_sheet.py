@@ -18,14 +18,13 @@ from torch import Tensor
 from lut_ds.analysis.figures import LIGHT, write_aside
 from lut_ds.analysis.reconstruct import HIDDEN_GRAY, paste_patches
 from lut_ds.config import Recipe
-from lut_ds.data.loader import Batch, PretrainLoader
-from lut_ds.data.order import Order
+from lut_ds.data.loader import Batch
 from lut_ds.data.outputs import writable_folder
 from lut_ds.data.pipeline import decode_one
 from lut_ds.data.sources import Source
 from lut_ds.data.validity import image_hw
 from lut_ds.data.views import BLUR, BRIGHTNESS, GRAY, HUE, SOLARIZE, ViewParams, view_params
-from lut_ds.engine.train import draws_per_sample, loading, open_source, sample_order, view_specs
+from lut_ds.engine.reading import make_loader, open_source, sample_order, view_specs
 from lut_ds.method.degradations import make_degradation
 from lut_ds.method.masking import Masking, disjoint_masks
 from lut_ds.method.pixels import IMAGENET_MEAN, IMAGENET_STD, normalised, unit_range
@@ -58,7 +57,7 @@ def show_views(recipe: Recipe, count: int, path: Path) -> dict[str, Any]:
     source = open_source(recipe)
     count = min(count, len(source))
     order = sample_order(recipe, len(source))
-    batch = _first_batch(recipe, source, order, count)
+    batch = _first_batch(recipe, source, count)
     masking = disjoint_masks(batch.noise, recipe.method.mask_ratio, recipe.method.views)
     rows = _rows(recipe, source, order.samples(0, np.arange(count)), batch, masking)
     visible = masking.ids_keep[0].shape[1]
@@ -72,24 +71,9 @@ def show_views(recipe: Recipe, count: int, path: Path) -> dict[str, Any]:
     }
 
 
-def _first_batch(recipe: Recipe, source: Source, order: Order, count: int) -> Batch:
+def _first_batch(recipe: Recipe, source: Source, count: int) -> Batch:
     """The first `count` positions of the order; sample, view and mask do not depend on the batch that they come in."""
-    cpu = torch.device("cpu")
-    loader = PretrainLoader(
-        source,
-        view_specs(recipe),
-        image_size=recipe.view_side,
-        num_patches=recipe.model.patches,
-        num_draws=draws_per_sample(recipe),
-        seed=recipe.run.seed,
-        global_batch=count,
-        micro_batch=count,
-        rank=0,
-        world_size=1,
-        device=cpu,
-        **vars(loading(recipe, cpu)),
-        order=order,
-    )
+    loader = make_loader(recipe, source, global_batch=count, micro_batch=count, device=torch.device("cpu"))
     with loader:
         return next(loader.batches(0, 1))
 

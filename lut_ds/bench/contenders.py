@@ -18,10 +18,9 @@ from torchvision import transforms as T
 from torchvision.datasets import ImageFolder as TorchvisionFolder
 
 from lut_ds.config import Recipe
-from lut_ds.data.loader import PretrainLoader
 from lut_ds.data.tuning import Loading
 from lut_ds.data.views import ViewSpec
-from lut_ds.engine.train import open_source, sample_order, view_specs
+from lut_ds.engine.reading import make_loader, open_source, view_specs
 
 Batches = Iterator[list[Tensor]]
 
@@ -30,20 +29,7 @@ def ours(recipe: Recipe, batch_size: int, how: Loading, device: torch.device, wo
     """`PretrainLoader` in this process, with `how.threads` threads; views uint8 [b, S, S, 3] on `device`."""
     assert recipe.data.path is not None
     source = open_source(recipe)
-    loader = PretrainLoader(
-        source,
-        view_specs(recipe),
-        image_size=recipe.view_side,
-        num_patches=recipe.model.patches,
-        seed=recipe.run.seed,
-        global_batch=batch_size,
-        micro_batch=batch_size,
-        rank=0,
-        world_size=1,
-        device=device,
-        **vars(how),
-        order=sample_order(recipe, len(source)),
-    )
+    loader = make_loader(recipe, source, global_batch=batch_size, micro_batch=batch_size, device=device, how=how)
     with loader:
         for batch in loader.batches(0, 1 << 40):
             yield batch.views

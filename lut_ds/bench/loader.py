@@ -15,7 +15,7 @@ from lut_ds.bench.machine import describe_machine
 from lut_ds.bench.rounds import Figures, compare, run_apart, run_rounds, summarise
 from lut_ds.config import Recipe
 from lut_ds.data.sources import Source
-from lut_ds.engine.train import open_source
+from lut_ds.engine.reading import open_source
 from lut_ds.errors import RunFault, UserError
 
 GENERATED = 256  # photographs, where no data set is named

@@ -16,7 +16,7 @@ import torch
 from lut_ds.bench.contenders import CONTENDERS
 from lut_ds.config import parse_recipe
 from lut_ds.data.tuning import Loading
-from lut_ds.engine.train import loading
+from lut_ds.engine.reading import loading
 
 
 @dataclass(frozen=True)

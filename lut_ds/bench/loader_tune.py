@@ -17,7 +17,7 @@ from lut_ds.config import Recipe
 from lut_ds.data.outputs import writable_folder
 from lut_ds.data.tuning import machine_key, save_tuning, tuning_file
 from lut_ds.engine.launch import rank_cores
-from lut_ds.engine.train import loading
+from lut_ds.engine.reading import loading
 
 _WORTH = 1.03  # a setting that costs more must be this much faster
 Run = Callable[[Task], dict[str, float]]

@@ -20,8 +20,8 @@ from lut_ds.bench.peers import time_peer
 from lut_ds.bench.rounds import Figures
 from lut_ds.config import Recipe, parse_recipe
 from lut_ds.engine.launch import Ranks, discover_ranks, process_group
+from lut_ds.engine.reading import draws_per_sample
 from lut_ds.engine.step import Trainer
-from lut_ds.engine.train import draws_per_sample
 from lut_ds.method.lut import IMAGENET_MEAN, IMAGENET_STD
 
 _SETS = 4  # inputs in rotation, so that no cache answers for the memory

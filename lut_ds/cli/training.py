@@ -60,12 +60,11 @@ def submit(args: argparse.Namespace) -> Answer:
 
 
 def recipes(args: argparse.Namespace) -> Answer:
-    """The shipped recipes and the first line of each."""
-    from lut_ds.config import recipe_folder, shipped_recipes
+    """The shipped recipes and the first line of each: of pre-training first, then those of other commands."""
+    from lut_ds.config import recipe_folder
 
-    heads = {
-        name: (recipe_folder() / f"{name}.yaml").read_text().splitlines()[0].lstrip("# ") for name in shipped_recipes()
-    }
+    files = sorted(recipe_folder().glob("**/*.yaml"), key=lambda path: (path.parent, path.name))
+    heads = {path.stem: path.read_text().splitlines()[0].lstrip("# ") for path in files}
     width = max(map(len, heads))
     return heads, "\n".join(f"{name:{width}} {head}" for name, head in heads.items()), DONE
 

@@ -1,6 +1,7 @@
 """Sources of one file a sample: what image folders, list files and indexes of both have in common."""
 
 import os
+from abc import ABC, abstractmethod
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -11,21 +12,21 @@ from lut_ds.errors import RunFault, UserError
 _LOOKED_AT = 16  # files, spread evenly: what opening a source may cost on shared storage
 
 
-class FileSource:
+class FileSource(ABC):
     """One file a sample: subclasses say where; `read` may be called from any number of threads."""
 
     classes: list[str]
 
-    def __len__(self) -> int:
-        raise NotImplementedError
+    @abstractmethod
+    def __len__(self) -> int: ...
 
+    @abstractmethod
     def path(self, i: int) -> bytes:
         """The path of file `i`, as the file system's bytes; IndexError outside of [0, len)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def label(self, i: int) -> int:
         """The class index of file `i`, -1 without one."""
-        raise NotImplementedError
 
     def read(self, i: int) -> bytes:
         """The bytes of file `i`; RunFault naming the file when it cannot be read."""

@@ -6,7 +6,6 @@ import platform
 import sys
 from collections.abc import Callable, Generator
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -14,14 +13,12 @@ import torch
 import torch.distributed as dist
 
 from lut_ds.config import Recipe, RunRecipe
-from lut_ds.data import sources
 from lut_ds.data.loader import Batch, PretrainLoader
-from lut_ds.data.order import BlockOrder, Order, SampleOrder
-from lut_ds.data.tuning import Loading, choose_loading
-from lut_ds.data.views import Photometric, ViewSpec
+from lut_ds.data.sources import Source
 from lut_ds.engine.badsamples import BadSampleWatch
 from lut_ds.engine.build import flops_shape
 from lut_ds.engine.launch import Ranks, discover_ranks, process_group, rank_cores
+from lut_ds.engine.reading import make_loader, open_source
 from lut_ds.engine.runfolder import open_run_folder, run_folder
 from lut_ds.engine.schedules import ema_decay_at, lr_at, peak_lr
 from lut_ds.engine.signals import StopRequest, listen
@@ -30,7 +27,6 @@ from lut_ds.engine.stopping import StopConditions
 from lut_ds.engine.warmup import check_allocation, describe_cluster
 from lut_ds.engine.watch import Outcome, Watch
 from lut_ds.errors import RunFault, UserError
-from lut_ds.method.degradations import make_degradation
 from lut_ds.method.flops import step_flops
 
 T = TypeVar("T")
@@ -67,44 +63,6 @@ class Schedule:
         return ema_decay_at(step, self.total_steps, self._ema_base)
 
 
-def view_specs(recipe: Recipe) -> list[ViewSpec]:
-    """The views a recipe reads."""
-    data = recipe.data
-    if recipe.method.name == "mae":
-        return [ViewSpec("random_resized_crop", scale=data.crop_scale, hflip=data.hflip)]
-    mild = ViewSpec("resize_crop", pad=data.crop_pad, hflip=data.hflip)
-    brightness, contrast, saturation, hue = data.jitter
-    photometric = Photometric(brightness, contrast, saturation, hue, p=data.jitter_prob) if data.photometric else None
-    return [mild, replace(mild, photometric=photometric)]
-
-
-def draws_per_sample(recipe: Recipe) -> int:
-    """Uniform numbers that the degradation of a sample's views needs."""
-    degradation = make_degradation(recipe.method.degradation, recipe.method.degradation_params)
-    return degradation.draws * recipe.method.views if degradation is not None else 0
-
-
-def open_source(recipe: Recipe) -> sources.Source:
-    """The training images of `data.path`."""
-    if recipe.data.path is None:
-        raise UserError("data.path: no image folder given; add data.path=DIR, where DIR holds train/<class>/*.jpg")
-    return sources.open_source(recipe.data.path, split="train")
-
-
-def loading(recipe: Recipe, device: torch.device) -> Loading:
-    """How this rank loads: the recipe's settings, and for those it leaves open the machine's tuning or a default."""
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    data = recipe.data
-    return choose_loading(data.threads, data.prefetch, data.hw_decoder_load, rank_cores(), gpu, recipe.model.image_size)
-
-
-def sample_order(recipe: Recipe, images: int) -> Order:
-    """The order in which a recipe reads."""
-    if recipe.data.shuffle == "blocks":
-        return BlockOrder(images, recipe.run.seed, recipe.data.shuffle_block, recipe.data.shuffle_window)
-    return SampleOrder(images, recipe.run.seed)
-
-
 def pretrain(recipe: Recipe, recipe_name: str) -> Outcome:
     """Run, or continue, a pre-training; the process must be one of the launcher's ranks.
 
@@ -121,21 +79,14 @@ def pretrain(recipe: Recipe, recipe_name: str) -> Outcome:
         source = on_all(lambda: open_source(recipe), name_rank=True)
         notes = warm_up(recipe, ranks, source)
         on_all(lambda: opened.enter_context(open_run_folder(folder, recipe, notes)) if ranks.main else None)
-        loader = PretrainLoader(
+        loader = make_loader(
+            recipe,
             source,
-            view_specs(recipe),
-            image_size=recipe.view_side,
-            num_patches=recipe.model.patches,
-            num_draws=draws_per_sample(recipe),
-            seed=recipe.run.seed,
             global_batch=recipe.train.global_batch,
             micro_batch=micro_batch,
             rank=ranks.rank,
             world_size=ranks.world_size,
             device=ranks.device,
-            **vars(loading(recipe, ranks.device)),
-            order=sample_order(recipe, len(source)),
-            retry_seconds=recipe.data.retry_seconds,
         )
         with loader:
             trainer = Trainer(recipe, ranks, micro_batch, accumulation)
@@ -244,7 +195,7 @@ def on_all(action: Callable[[], T], name_rank: bool = False) -> T:
     return result  # type: ignore[return-value]  # no problem: the action returned
 
 
-def warm_up(recipe: RunRecipe, ranks: Ranks, source: sources.Source) -> dict[str, Any]:
+def warm_up(recipe: RunRecipe, ranks: Ranks, source: Source) -> dict[str, Any]:
     """Compare the ranks before the first step; what was found, for environment.jsonl."""
     if ranks.world_size == 1:
         return {}

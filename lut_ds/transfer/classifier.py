@@ -99,6 +99,12 @@ def load_encoder_weights(model: VisionTransformer, state: Mapping[str, Tensor], 
         raise UserError(
             f"checkpoint: {origin}: expected a ViT encoder, found no {missing[0]} in it; name a pre-trained one"
         )
+    parts = {name.partition(".")[0] for name in expected} | {"reg_token", "norm_pre"}
+    if odd := sorted(name for name in set(state) - expected if name.partition(".")[0] in parts):
+        raise UserError(
+            f"checkpoint: {origin}: expected a plain ViT encoder, found also {odd[0]}, which the classifier has no place for; "
+            "name another"
+        )
     found = {name: state[name] for name in sorted(expected)}
     if bad := next((name for name, value in found.items() if not torch.isfinite(value).all()), None):
         raise UserError(

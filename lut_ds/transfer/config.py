@@ -11,6 +11,7 @@ from lut_ds.config import (
     Decay,
     Fraction,
     Guard,
+    ImageData,
     Optim,
     Positive,
     Precision,
@@ -28,7 +29,8 @@ class FinetuneModel(Section):
     """Shape of the classifier, and the weights that it starts from."""
 
     source: str | None = None
-    """Run folder, checkpoint folder, or .pth file of the published LUT or MAE code."""
+    """Run, checkpoint or export folder, a file of timm, LUT, MAE, MoCo v3, DINO or iBOT, or timm:NAME:FILE; timm:NAME alone starts
+    from random weights."""
     weights: Literal["ema", "student"] = "student"
     """Whose weights of the source: the student's (as the references), or the EMA teacher's."""
     image_size: Positive = 224
@@ -59,34 +61,18 @@ class FinetuneModel(Section):
         return self
 
 
-class FinetuneData(Section):
-    """What is read, and how it is cropped. Evaluation: Resize(int(S/.875)) bicubic and a central crop of S."""
+class FinetuneData(ImageData):
+    """What is read, and how it is cropped. Evaluation: Resize(int(S/.875)) bicubic and a central crop of S.
+
+    The threads also run RandAugment: as many more for it.
+    """
 
     path: str | None = None
     """Image folder with train/<class>/*.jpg and val/<class>/*.jpg, or a source of your own: package.module:factory?argument."""
     crop_scale: tuple[Area, Area] = (0.08, 1.0)
     """Area range of RandomResizedCrop (bicubic)."""
-    hflip: Fraction = 0.5
-    """Probability of a horizontal flip."""
     eval_batch: Positive = 128
     """Images a rank and forward pass of an evaluation."""
-    threads: Positive | None = None
-    """Decoding threads of each rank, and as many for RandAugment; null: as tuned, else its cores, at most 8."""
-    prefetch: Positive | None = None
-    """Micro-batches prepared ahead; null: as tuned, else 2."""
-    hw_decoder_load: Fraction | None = None
-    """Share of the JPEGs that a GPU's hardware decoder takes, where images are decoded on the GPU; null: as tuned, else 0.65."""
-    max_bad_share: Fraction = 0.01
-    """Stop when more of the samples seen than this, or of 1,000 if that is more, cannot be read or decoded."""
-    retry_seconds: Annotated[float, Field(ge=0, le=1200)] = 300.0
-    """How long to wait for a data set of which nothing can be read, seconds; stay below guard.hang_seconds."""
-
-    @field_validator("crop_scale")
-    @classmethod
-    def _rising(cls, value: tuple[float, float]) -> tuple[float, float]:
-        if value[0] > value[1]:
-            raise ValueError(f"expected [smallest, largest], found {list(value)}; swap them")
-        return value
 
 
 class Augment(Section):

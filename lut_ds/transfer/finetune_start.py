@@ -1,6 +1,5 @@
 """What a fine-tuning starts from: labelled images of the same classes in train and val, and a pre-trained encoder that fits."""
 
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -13,9 +12,9 @@ from lut_ds.config import Model
 from lut_ds.data.sources import Source, open_source
 from lut_ds.errors import UserError
 from lut_ds.transfer.classifier import Loaded, load_encoder_weights, make_classifier
-from lut_ds.transfer.config import FinetuneRecipe
-from lut_ds.transfer.load import find_checkpoint, load_encoder
-from lut_ds.transfer.published import read_published
+from lut_ds.transfer.config import FinetuneModel, FinetuneRecipe
+from lut_ds.transfer.models import load_model
+from lut_ds.transfer.published import HEADS
 
 
 def open_labelled(recipe: FinetuneRecipe) -> tuple[Source, Source]:
@@ -62,7 +61,7 @@ def start_model(recipe: FinetuneRecipe, classes: list[str]) -> tuple[VisionTrans
     m = recipe.model
     if m.source is None:
         raise UserError("model.source: no checkpoint given; name the run, checkpoint or .pth file to start from")
-    found, state = encoder_state(m.source, m.weights, m.heads)
+    found, state = encoder_state(m.source, m.weights, m)
     for key in ("patch_size", "width", "depth", "heads", "mlp_ratio"):
         if getattr(found, key) != getattr(m, key):
             raise UserError(
@@ -86,16 +85,24 @@ def start_model(recipe: FinetuneRecipe, classes: list[str]) -> tuple[VisionTrans
     return model, load_encoder_weights(model, state, m.source)
 
 
-def encoder_state(source: str, kind: Literal["ema", "student"], heads: int) -> tuple[Model, dict[str, Tensor]]:
-    """Sizes and state of the encoder of a run, of a checkpoint, or of a file of the published LUT or MAE code.
+def encoder_state(
+    source: str, kind: Literal["ema", "student"], recipe: FinetuneModel
+) -> tuple[Model, dict[str, Tensor]]:
+    """Sizes and state (timm's names) of any pre-trained ViT that `load_model` knows.
 
-    `heads` are those of a file, whose weights do not tell them.
+    The recipe's heads are those of a file whose width is not published, as its weights do not tell them.
     """
-    if Path(source).is_file():
-        published = read_published(source, kind, heads)
-        return published.model, published.encoder().state_dict()
-    checkpoint = find_checkpoint(source)
-    return checkpoint.recipe.model, load_encoder(checkpoint, kind).state_dict()
+    found = load_model(source, kind, heads=None if recipe.width in HEADS else recipe.heads)
+    if found.record.get("positions") == "sinusoid_1d" and found.image_size != recipe.image_size:
+        raise UserError(
+            f"checkpoint: {source}: its positions over the raster index (sinusoid_1d) mean nothing on another grid; set "
+            f"model.image_size={found.image_size}"
+        )
+    hidden = found.model.blocks[0].mlp.fc1.out_features
+    sizes = Model(
+        **found.record["sizes"], image_size=found.image_size, mlp_ratio=hidden / found.record["sizes"]["width"]
+    )
+    return sizes, found.model.state_dict()
 
 
 def sizes(recipe: FinetuneRecipe) -> Model:

@@ -85,7 +85,7 @@ def check_finite(weights: Mapping[str, Tensor], path: str | Path) -> None:
         raise UserError(f"checkpoint: {path}: expected finite weights, found NaN or infinity in {broken}; use another")
 
 
-def load_safely(path: Path) -> Mapping[Any, Any]:
+def load_safely(path: Path, expected: str = "expected a state dict") -> Mapping[Any, Any]:
     """What torch.save wrote: tensors, numbers and text only; UserError for a file that holds code, or is damaged."""
     try:
         # Training code saves its arguments along; a Namespace only holds values.
@@ -97,10 +97,10 @@ def load_safely(path: Path) -> Mapping[Any, Any]:
     except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
         reason = " ".join(str(error).split())[:160]
         raise UserError(
-            f"checkpoint: {path}: expected tensors, found a file that cannot be read safely: {reason}"
+            f"checkpoint: {path}: {expected}, found a file that cannot be read safely: {reason}; name another"
         ) from error
     if not isinstance(content, Mapping):
-        raise UserError(f"checkpoint: {path}: expected a state dict, found a {type(content).__name__}")
+        raise UserError(f"checkpoint: {path}: {expected}, found a {type(content).__name__}; name another")
     return content
 
 

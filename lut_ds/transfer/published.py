@@ -1,8 +1,5 @@
 """Checkpoints of the published LUT and MAE implementations: read without running what is in them, in our names and timm's."""
 
-import argparse
-import pickle
-import warnings
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +14,7 @@ from lut_ds.config import Model
 from lut_ds.errors import UserError
 from lut_ds.method.encoder import Encoder
 from lut_ds.method.names import convert_published
+from lut_ds.transfer.layouts import load_safely
 
 ENTRIES = {"student": "model", "ema": "model_ema"}
 # Attention heads of the published encoders by width; weights do not tell them.
@@ -81,7 +79,7 @@ def read_published(path: str | Path, kind: Literal["student", "ema"], heads: int
         UserError: no such file, no such weights in it, sizes that fit no encoder, or values that are not finite.
     """
     path = Path(path)
-    content = _load(path)
+    content = load_safely(path, EXPECTED)
     entry = ENTRIES[kind]
     state = content.get(entry)
     if not isinstance(state, Mapping):
@@ -104,22 +102,6 @@ def read_published(path: str | Path, kind: Literal["student", "ema"], heads: int
     return Published(
         path, kind, epoch if isinstance(epoch, int) else None, _sizes(weights, heads, path), weights, others
     )
-
-
-def _load(path: Path) -> Mapping[Any, Any]:
-    try:
-        # The published code saves its arguments along; a Namespace only holds values.
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's, about pickles that are not its own: they are refused below
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"checkpoint: {path}: no such file") from None
-    except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"checkpoint: {path}: {EXPECTED}, found a file that cannot be read safely: {reason}") from error
-    if not isinstance(content, Mapping):
-        raise UserError(f"checkpoint: {path}: {EXPECTED}, found a {type(content).__name__}")
-    return content
 
 
 _SIZES = (

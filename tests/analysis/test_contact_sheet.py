@@ -12,7 +12,7 @@ from lut_ds.config import Recipe, load_recipe
 from lut_ds.data.loader import PretrainLoader
 from lut_ds.data.sources import open_source
 from lut_ds.data.views import LUT_VIEW2, view_params
-from lut_ds.engine.train import view_specs
+from lut_ds.engine.reading import view_specs
 from lut_ds.method.masking import disjoint_masks
 
 SIZE, SIDE = 32, 8

@@ -18,7 +18,7 @@ from lut_ds.bench.rounds import compare, summarise
 from lut_ds.config import Recipe, load_recipe
 from lut_ds.data.sources import ImageFolder
 from lut_ds.data.tuning import Loading, choose_loading, load_tuning, machine_key, save_tuning, tuning_file
-from lut_ds.engine.train import loading
+from lut_ds.engine.reading import loading
 from lut_ds.errors import UserError
 from tests.test_cli import result
 

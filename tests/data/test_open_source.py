@@ -13,7 +13,7 @@ from lut_ds.data.filelist import FileList
 from lut_ds.data.files import IndexedFiles
 from lut_ds.data.folder import ImageFolder
 from lut_ds.data.sources import Source, index_source, open_source
-from lut_ds.engine.train import open_source as open_recipe
+from lut_ds.engine.reading import open_source as open_recipe
 from lut_ds.errors import RunFault, UserError
 from tests.data.test_sources import touch
 

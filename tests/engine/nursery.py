@@ -59,7 +59,7 @@ if __name__ == "__main__":
 
     from lut_ds.config import load_recipe
     from lut_ds.data.pipeline import build_pipeline
-    from lut_ds.engine.train import view_specs
+    from lut_ds.engine.reading import view_specs
 
     # DALI translates the pipeline's definition when it is first used, which takes a second.
     build_pipeline(

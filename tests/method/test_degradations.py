@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lut_ds.config import load_recipe
 from lut_ds.engine.build import build_student
-from lut_ds.engine.train import draws_per_sample
+from lut_ds.engine.reading import draws_per_sample
 from lut_ds.method.degradations import DEGRADATIONS, Degradation, make_degradation, register
 from lut_ds.method.degradations.zoomed_out import ZoomedOut, mirror_pad, mirror_sources
 from lut_ds.method.lut import LUT, MAE
