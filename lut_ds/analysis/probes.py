@@ -1,12 +1,14 @@
 """Pictures of evaluations on frozen features: accuracy by k, by learning rate, by epoch, and by class."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from lut_ds.analysis.figures import Theme, axes_grid, new_figure
+from lut_ds.analysis.subject import Found
 
 _MOST_NAMES = 24  # classes named under their bars
 
@@ -47,6 +49,22 @@ def draw_history(theme: Theme, results: Mapping[str, Any]) -> Figure:
     loss.plot(epochs, [row["loss"] for row in results["history"]], color=theme.student)
     loss.set(title="training loss", xlabel="epoch", ylabel="cross entropy")
     _classes(classes, theme, results["per_class"], f"at the end, {results['top1']:.1f} %")
+    return figure
+
+
+def draw_layers(theme: Theme, found: Sequence[tuple[str, Found]]) -> Figure:
+    """Linear-probe accuracy after the embedding and after each block."""
+    figure = new_figure(6.5, 3.4)
+    (axes,) = axes_grid(figure, 1, 1)
+    for (name, each), colour, marker in zip(found, (theme.student, theme.teacher), "oD"):
+        top1 = each.numbers["top1"]
+        best = each.numbers["best_layer"]
+        label = f"{name}, best {top1[best]:.1f} % at layer {best}"
+        axes.plot(range(len(top1)), top1, color=colour, marker=marker, markersize=4, label=label)
+    axes.set(title="Linear probe by layer", xlabel="layer (0: embedding)", ylabel="top-1, %")
+    axes.set_ylim(top=101.5)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(loc="lower right")
     return figure
 
 

@@ -38,7 +38,7 @@ def knn(args: argparse.Namespace) -> Answer:
     """Classify validation images by their nearest training images, by features of a frozen model."""
     from lut_ds.transfer.evaluate import evaluate_knn
 
-    results = evaluate_knn(_request(args, "mean"), tuple(args.k), args.temperature)
+    results = evaluate_knn(request(args, "mean"), tuple(args.k), args.temperature)
     lines = [f"k = {k:>4}: top-1 {value:.2f} %" for k, value in results["top1"].items()]
     return results, "\n".join([_what(results), *lines, f"written to {results['output']}"]), DONE
 
@@ -55,12 +55,12 @@ def probe(args: argparse.Namespace) -> Answer:
 
     given = {key: getattr(args, key) for key in ("epochs", "batch") if getattr(args, key) is not None}
     if args.protocol == "quick":
-        results = evaluate_quick(_request(args, "mean"), Sweep(**given, seed=args.seed))
+        results = evaluate_quick(request(args, "mean"), Sweep(**given, seed=args.seed))
         chosen = results["chosen"]
         how = f"learning rate {chosen['lr']:g}, weight decay {chosen['weight_decay']:g} (chosen on held-out images)"
     else:
         protocol = Protocol(**given, blr=args.blr, warmup_epochs=args.warmup_epochs, seed=args.seed)
-        results = evaluate_linear(_request(args, "cls"), protocol)
+        results = evaluate_linear(request(args, "cls"), protocol)
         if results.get("stopped_by"):
             text = f"stopped by {results['stopped_by']} at step {results['step']} of {results['steps']}"
             return results, f"{text}; the same command continues", STOPPED
@@ -70,11 +70,13 @@ def probe(args: argparse.Namespace) -> Answer:
     return results, text, DONE
 
 
-def _request(args: argparse.Namespace, pool: Any) -> Any:
+def request(args: argparse.Namespace, pool: Any) -> Any:
+    """What every evaluation of a frozen model takes; `pool` is that of this one where none is named."""
     from lut_ds.transfer.evaluate import Request
 
     names = ("source", "kind", "data", "image_size", "heads", "output", "cache", "batch_size", "threads", "precision")
-    return Request(**{name: getattr(args, name) for name in names}, pool=args.pool or pool)
+    given = {name: getattr(args, name) for name in names if hasattr(args, name)}
+    return Request(**given, pool=args.pool or pool)
 
 
 def _what(results: dict[str, Any]) -> str:
@@ -99,7 +101,14 @@ def _positive_float(text: str) -> float:
 
 
 def add_frozen(sub: Parser) -> None:
-    """Arguments of every evaluation of a frozen model."""
+    """Arguments of every evaluation on features of a frozen model."""
+    add_model(sub)
+    sub.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the forward pass (default fp32)")
+    sub.add_argument("--cache", metavar="DIR", help="folder of computed features (default: evaluations/features)")
+
+
+def add_model(sub: Parser) -> None:
+    """A frozen model, the data that it is shown, and where results go."""
     sub.add_argument(
         "source",
         help="run, checkpoint or export folder; .safetensors or .pth of timm, LUT, MAE, MoCo v3, DINO, iBOT; timm:NAME "
@@ -122,8 +131,6 @@ def add_frozen(sub: Parser) -> None:
         "--batch-size", type=positive, default=128, metavar="N", help="images a forward pass (default 128)"
     )
     sub.add_argument("--threads", type=positive, metavar="N", help="decoding threads")
-    sub.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the forward pass (default fp32)")
-    sub.add_argument("--cache", metavar="DIR", help="folder of computed features (default: evaluations/features)")
     sub.add_argument("-o", "--output", metavar="DIR", help="folder of the results (default: evaluations/ in the run)")
 
 

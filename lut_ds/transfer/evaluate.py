@@ -132,7 +132,7 @@ def evaluate_linear(request: Request, protocol: Protocol) -> dict[str, Any]:
 
 def _prepare(request: Request, name: str) -> Subject:
     model = load_model(request.source, request.kind, request.image_size, request.heads)
-    data = request.data or _own_data(request.source)
+    data = request.data or own_data(request.source)
     train, val = open_labelled(data)
     output, cache = request.folders(name)
     if output.is_file():
@@ -140,7 +140,7 @@ def _prepare(request: Request, name: str) -> Subject:
     return Subject(model, train, val, data, output, cache)
 
 
-def _own_data(source: str) -> str:
+def own_data(source: str) -> str:
     """The data that a run was trained on."""
     run = None if source.startswith(PREFIX) else _run_folder(source)
     if run is None:

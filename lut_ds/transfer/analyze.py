@@ -1,0 +1,233 @@
+"""`lut-ds analyze`: checkpoints and data joined with the analyses of lut_ds.analysis; a JSON and two pictures for each.
+
+Written to the output folder: ANALYSIS.json, ANALYSIS.png and, for dark pages, ANALYSIS-dark.png. What was written stays when
+other analyses are run into the same folder.
+"""
+
+import functools
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from lut_ds import __version__
+from lut_ds.analysis import attention_distance, attention_maps, cka, relevance, spectrum
+from lut_ds.analysis.figures import DARK, LIGHT, png, write_aside
+from lut_ds.analysis.probes import draw_layers
+from lut_ds.analysis.subject import Drawing, Found, Subject, check_attention
+from lut_ds.data.loader import EvalLoader
+from lut_ds.data.sources import Source, open_source
+from lut_ds.errors import RunFault, UserError
+from lut_ds.transfer.evaluate import Request, own_data
+from lut_ds.transfer.features import Compute, computing
+from lut_ds.transfer.labelled import open_labelled
+from lut_ds.transfer.layer_probe import probe_layers
+from lut_ds.transfer.models import PREFIX, Pretrained, load_model
+
+DRAWINGS: dict[str, Drawing] = {
+    "attention-distance": attention_distance.draw,
+    "maps": attention_maps.draw,
+    "relevance": relevance.draw,
+    "spectrum": spectrum.draw,
+    "cka": cka.draw,
+    "layers": draw_layers,
+}
+NEED_ATTENTION = ("attention-distance", "maps", "relevance")
+
+
+@dataclass(frozen=True)
+class Scene:
+    """All that was found good before anything is computed: models by name, with the images that they are shown.
+
+    Attributes:
+        models: one or two, by the name that figures use.
+        train, val: train is None where the data have no labels.
+        chosen: samples of train (for `layers`) and of val (for all).
+    """
+
+    request: Request
+    models: dict[str, Pretrained]
+    train: Source | None
+    val: Source
+    chosen: tuple[NDArray[np.int64], NDArray[np.int64]]
+    output: Path
+
+
+def analyze(
+    request: Request, other: str | None, only: Sequence[str], images: int = 256, train_images: int = 4000
+) -> dict[str, Any]:
+    """Analyse a checkpoint, or two beside each other.
+
+    Args:
+        request: the first checkpoint, the data, and how they are read.
+        other: the second checkpoint, or None.
+        only: names of DRAWINGS.
+        images: of val, spread evenly over it; all where there are fewer.
+        train_images: of train, likewise; `layers` alone uses them.
+
+    Returns:
+        `models` (records by name), `data`, `images`, `analyses` (what each found, by its name and the model's), `files`,
+        `output`.
+
+    Raises:
+        UserError: a name, checkpoint or data that cannot be analysed, or labels missing for `layers`.
+        RunFault: a model whose features are not finite.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("analyze: expected one process, found WORLD_SIZE above 1; start it without a launcher")
+    scene = _prepare(request, other, only, images, train_images)
+    found: dict[str, Any] = {}
+    files: dict[str, str] = {}
+    about = {
+        "models": {name: model.record for name, model in scene.models.items()},
+        "data": os.path.abspath(request.data or own_data(request.source)),
+        "images": len(scene.chosen[1]),
+        "pool": request.pool,
+        "lut_ds": __version__,
+    }
+    with computing(request.batch_size, request.threads, request.precision) as compute:
+        for model in scene.models.values():
+            model.model.to(compute.ranks.device)
+        subjects = [_subject(name, model, scene, compute) for name, model in scene.models.items()]
+        for name in only:
+            each = _run(name, scene, subjects, compute)
+            found[name] = {who: value.numbers for who, value in each.items()}
+            files |= _write(scene.output, name, each, {"analysis": name, **about, "found": found[name]})
+    return {**about, "analyses": found, "files": files, "output": str(scene.output)}
+
+
+def _prepare(request: Request, other: str | None, only: Sequence[str], images: int, train_images: int) -> Scene:
+    unknown = [name for name in only if name not in DRAWINGS]
+    if unknown or not only:
+        raise UserError(
+            f"--only: expected some of {', '.join(DRAWINGS)}, found {','.join(unknown) or 'none'}; correct it"
+        )
+    sources = [request.source] if other is None else [request.source, other]
+    models = {
+        name: load_model(source, request.kind, request.image_size, request.heads)
+        for name, source in zip(_names(sources), sources, strict=True)
+    }
+    for name, model in models.items():
+        if set(only) & set(NEED_ATTENTION):
+            check_attention(model.model, name)
+        if request.pool == "cls" and model.model.cls_token is None:
+            raise UserError(f"--pool: expected a model with a cls token, found none in {name}; take --pool mean")
+    data = request.data or own_data(request.source)
+    train, val = _open(data, labels_needed="layers" in only)
+    output = request.folders("analysis" if other is None else f"analysis_with_{list(models)[1]}")[0]
+    if output.is_file():
+        raise UserError(f"output: {output}: expected a folder, found a file; name another")
+    return Scene(request, models, train, val, (spread(train, train_images), spread(val, images)), output)
+
+
+def _names(sources: Sequence[str]) -> list[str]:
+    """The shortest ends of the paths that tell the sources apart."""
+    parts = [source.removeprefix(PREFIX).partition(":")[0].rstrip("/").split("/") for source in sources]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part[-length:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{name} ({k})" for k, name in enumerate(names, 1)]
+
+
+def _open(data: str, labels_needed: bool) -> tuple[Source | None, Source]:
+    """Labelled sets; where labels may be missing, and are, `val` alone."""
+    try:
+        return open_labelled(data)
+    except UserError as error:
+        if labels_needed:
+            raise UserError(f"--only layers: {error}, or leave `layers` out") from error
+    return None, open_source(data, "val")
+
+
+def spread(source: Source | None, count: int) -> NDArray[np.int64]:
+    """`count` samples evenly spread over a source, so that a folder's classes all have their share; all where it has fewer.
+
+    In an order drawn once and for all: the first of them are a mixture too.
+    """
+    n = 0 if source is None else len(source)
+    even = np.linspace(0, n - 1, min(count, n)).round().astype(np.int64)
+    return np.random.default_rng(0).permutation(np.unique(even)) if n else np.zeros(0, np.int64)
+
+
+def _subject(name: str, model: Pretrained, scene: Scene, compute: Compute) -> Subject:
+    batches = list(EvalLoader(scene.val, model.image_size, compute.batch_size, compute.threads, scene.chosen[1]))
+    labels = None if scene.train is None else torch.cat([labels for _, labels in batches])
+    subject = Subject(
+        name,
+        model.model,
+        torch.cat([pixels for pixels, _ in batches]),
+        labels,
+        model.normalised,
+        functools.partial(model.features, pool=scene.request.pool),
+        compute.batch_size,
+    )
+    with torch.no_grad():
+        if not torch.isfinite(subject.features(next(subject.batches()))).all():
+            raise RunFault(f"analyze: {name}: NaN or infinity in features of finite weights; take another checkpoint")
+    return subject
+
+
+def _run(name: str, scene: Scene, subjects: Sequence[Subject], compute: Compute) -> dict[str, Found]:
+    """What an analysis finds, by the name of the model."""
+    if name == "cka":
+        return cka.measure(subjects)
+    if name == "layers":
+        train, val = scene.train, scene.val
+        assert train is not None  # checked in _prepare
+        return {
+            each: Found(probe_layers(model, train, val, scene.chosen, compute), {})
+            for each, model in scene.models.items()
+        }
+    measures: dict[str, Callable[[Subject], Found]] = {
+        "attention-distance": attention_distance.measure,
+        "maps": attention_maps.measure,
+        "relevance": functools.partial(relevance.measure, pools_patches=scene.request.pool == "mean"),
+        "spectrum": spectrum.measure,
+    }
+    return {subject.name: measures[name](subject) for subject in subjects}
+
+
+def _write(folder: Path, name: str, found: Mapping[str, Found], record: Mapping[str, Any]) -> dict[str, str]:
+    def draw(theme: Any) -> Any:
+        return DRAWINGS[name](theme, list(found.items()))
+
+    paths = {"png": folder / f"{name}.png", "json": folder / f"{name}.json"}
+    write_aside(paths["png"], png(draw, LIGHT))
+    write_aside(folder / f"{name}-dark.png", png(draw, DARK))
+    write_aside(paths["json"], (json.dumps(record, indent=1) + "\n").encode())
+    return {f"{name}.{kind}": str(path) for kind, path in paths.items()}
+
+
+def describe(results: Mapping[str, Any]) -> str:
+    """The main number of each analysis, for people."""
+    lines = [f"{name}: {record['source']}" for name, record in results["models"].items()]
+    for name, found in results["analyses"].items():
+        lines += [f"  {name:18} {who}: {_sentence(name, each)}" for who, each in found.items()]
+    return "\n".join([*lines, f"written to {results['output']}"])
+
+
+def _sentence(name: str, found: Mapping[str, Any]) -> str:
+    if name == "attention-distance":
+        first, last = found["by_layer"][0], found["by_layer"][-1]
+        return f"{first:.1f} px in the first layer, {last:.1f} px in the last; attention to all alike: {found['uniform']:.1f} px"
+    if name == "maps":
+        last = found["effective_patches"][-1]
+        return f"the last layer's {found['query']} attends to {last:.1f} of {found['patches']} patches (exp of the entropy)"
+    if name == "relevance":
+        left = found["target_left"]
+        share = f"without {100 * found['left_out_share']:.0f} % of the patches"
+        return f"{share}: {left['most']:.2f} of the target left (most relevant), {left['random']:.2f} (random)"
+    if name == "spectrum":
+        image, token = found["image"], found["token"]
+        return f"effective rank {image['effective_rank']:.1f} of {image['rank_bound']} (images), {token['effective_rank']:.1f} (tokens)"
+    if name == "cka":
+        values = [row[-1] for row in found["cka"] if row[-1] is not None]
+        return f"the last layer's similarity to the layers before: {', '.join(f'{v:.2f}' for v in values)}"
+    return f"top-1 by layer {', '.join(f'{v:.1f}' for v in found['top1'])} %; best: layer {found['best_layer']}"
