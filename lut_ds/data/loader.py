@@ -183,7 +183,7 @@ class PretrainLoader:
 
 
 class EvalLoader:
-    """Every image once, in order: Resize(int(S / 0.875), shorter side, bicubic) + CenterCrop(S), and its label.
+    """Every image once, in order: Resize(int(S / crop), shorter side, bicubic) + CenterCrop(S), and its label.
 
     Iterating yields (uint8 [b, S, S, 3] on `device`, int64 labels [b] on the CPU); the last batch may be smaller. `indices`
     picks samples of the source, in the given order. A sample that cannot be read or decoded is a RunFault naming it, because
@@ -202,9 +202,10 @@ class EvalLoader:
         prefetch: int = 2,
         skip_bad: bool = False,
         retry_seconds: float = 60.0,
+        crop: float = 0.875,
     ) -> None:
         self._source, self._image_size, self._batch_size = source, image_size, batch_size
-        self._threads, self._prefetch = threads, prefetch
+        self._threads, self._prefetch, self._crop = threads, prefetch, crop
         self._skip_bad, self._retry_seconds = skip_bad, retry_seconds
         self._samples = np.arange(len(source)) if indices is None else np.asarray(indices, np.int64)
         self._device = torch.device("cpu") if device is None else device
@@ -215,7 +216,7 @@ class EvalLoader:
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         def draw(epoch: int, samples: NDArray[np.int64], sizes_hw: NDArray[np.int32]) -> list[ViewParams]:
-            return [eval_params(self._image_size, sizes_hw)]
+            return [eval_params(self._image_size, sizes_hw, self._crop)]
 
         self.bad = []
         stream = ViewStream(

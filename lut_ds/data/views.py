@@ -111,10 +111,10 @@ def view_params(
     return ViewParams(resize_hw, crop_yx, crop_hw, u[:, 2] < spec.hflip, *colour)
 
 
-def eval_params(image_size: int, sizes_hw: NDArray[np.int32]) -> ViewParams:
-    """Resize(int(S / 0.875), shorter side, bicubic) + CenterCrop(S) for images of `sizes_hw` [n, 2]: nothing random."""
+def eval_params(image_size: int, sizes_hw: NDArray[np.int32], crop: float = 0.875) -> ViewParams:
+    """Resize(int(S / crop), shorter side, bicubic) + CenterCrop(S) for images of `sizes_hw` [n, 2]: nothing random."""
     n = len(sizes_hw)
-    resize_hw = resized_hw(sizes_hw, int(image_size / 0.875))
+    resize_hw = resized_hw(sizes_hw, int(image_size / crop))
     crop_yx = np.round((resize_hw - image_size) / 2.0).astype(np.int32)
     off = np.zeros(n, np.bool_)
     colour = (np.tile(_ORDERS[0], (n, 1)), np.zeros((n, 4)), np.full(n, NO_CHOICE, np.int32), np.zeros(n))

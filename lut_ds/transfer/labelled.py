@@ -31,7 +31,7 @@ def check_labelled(train: Source, val: Source, path: str) -> None:
             f"({len(train.classes)} and {len(val.classes)} classes, {len(strange)} differ); make both sets alike"
         )
     for split, source in (("train", train), ("val", val)):
-        _check_labels(labels_of(source), source, f"{path}: {split}")
+        check_labels(labels_of(source), source, f"{path}: {split}")
 
 
 def labels_of(source: Source) -> NDArray[np.int64]:
@@ -39,7 +39,8 @@ def labels_of(source: Source) -> NDArray[np.int64]:
     return np.fromiter((source.label(i) for i in range(len(source))), np.int64, len(source))
 
 
-def _check_labels(labels: NDArray[np.int64], source: Source, where: str) -> None:
+def check_labels(labels: NDArray[np.int64], source: Source, where: str) -> None:
+    """UserError unless every label is one of the source's classes, and every class occurs."""
     count = len(source.classes)
     outside = np.flatnonzero((labels < 0) | (labels >= count))
     if len(outside):

@@ -6,7 +6,7 @@ import pickle
 import warnings
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ class StateDict:
         weights: fp32, finite, with timm's names.
         left_out: tensors of each other part, by the first part of its name.
         epoch: the one it was saved after, where the file says so.
+        head: `head.weight` [C, D] and `head.bias` [C] of a linear classifier, fp32; empty where the file has none.
     """
 
     layout: str
@@ -40,6 +41,7 @@ class StateDict:
     weights: dict[str, Tensor]
     left_out: dict[str, int]
     epoch: int | None
+    head: dict[str, Tensor] = field(default_factory=dict)
 
 
 def read_state_dict(path: Path, kind: Kind | None) -> StateDict:
@@ -58,6 +60,7 @@ def read_state_dict(path: Path, kind: Kind | None) -> StateDict:
     layout, found, state = _find(content, kind, path)
     weights: dict[str, Tensor] = {}
     left_out: Counter[str] = Counter()
+    head: dict[str, Tensor] = {}
     for name, value in state.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise UserError(
@@ -69,13 +72,16 @@ def read_state_dict(path: Path, kind: Kind | None) -> StateDict:
             weights[short] = value.float() if value.is_floating_point() else value
         else:
             left_out[part] += 1
+        if short in ("head.weight", "head.bias"):
+            head[short] = value.float()
     if layout == "dino" and "masked_embed" in left_out:
         layout = "ibot"
     if not weights:
         raise UserError(f"checkpoint: {path}: expected a Vision Transformer, found {_some(state)}; name another file")
-    check_finite(weights, path)
+    head = head if len(head) == 2 and head["head.weight"].dim() == 2 else {}
+    check_finite({**weights, **head}, path)
     epoch = content.get("epoch")
-    return StateDict(layout, found, weights, dict(left_out), epoch if isinstance(epoch, int) else None)
+    return StateDict(layout, found, weights, dict(left_out), epoch if isinstance(epoch, int) else None, head)
 
 
 def check_finite(weights: Mapping[str, Tensor], path: str | Path) -> None:

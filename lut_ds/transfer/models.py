@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -37,6 +37,9 @@ class Pretrained:
         mean, std: of the pixels it expects, by channel, of values in [0, 1].
         record: where it comes from: `source`, `format`, `kind`, `step`, `epoch`, `sizes`, `image_size`, `resized_from` (None
             where positions are as trained), `random` (True: never trained), `left_out` (tensors by part), `weights` (SHA-256).
+        head: the linear classifier of its file, `head.weight` [C, D] and `head.bias` [C]; empty without one.
+        classes: what that classifier tells apart, where the file says so.
+        crop: side of the centre crop over the shorter side of the resized image, of timm's own evaluation.
     """
 
     model: VisionTransformer
@@ -44,6 +47,9 @@ class Pretrained:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     record: dict[str, Any]
+    head: Mapping[str, Tensor] = field(default_factory=dict)
+    classes: tuple[str, ...] = ()
+    crop: float = 0.875
 
     def normalised(self, pixels: Tensor) -> Tensor:
         """uint8 [B, S, S, 3] -> float32 [B, 3, S, S] as the model expects it."""
@@ -91,7 +97,9 @@ def load_model(
     return _resized(found, image_size)
 
 
-def _pretrained(model: VisionTransformer, cfg: Mapping[str, Any], **record: Any) -> Pretrained:
+def _pretrained(
+    model: VisionTransformer, cfg: Mapping[str, Any], head: Mapping[str, Tensor] | None = None, **record: Any
+) -> Pretrained:
     sizes = {
         "patch_size": model.patch_embed.patch_size[0],
         "width": model.embed_dim,
@@ -108,7 +116,9 @@ def _pretrained(model: VisionTransformer, cfg: Mapping[str, Any], **record: Any)
         "resized_from": None,
     }
     mean, std = (tuple(map(float, cfg.get(k, v))) for k, v in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)))
-    return Pretrained(model.eval(), side, mean, std, {**defaults, **record, "sizes": sizes, "image_size": side})
+    about = {**defaults, **record, "sizes": sizes, "image_size": side}
+    classes, crop = tuple(cfg.get("label_names") or ()), float(cfg.get("crop_pct") or 0.875)
+    return Pretrained(model.eval(), side, mean, std, about, head or {}, classes, crop)
 
 
 def _from_run(path: Path, kind: Kind | None) -> Pretrained:
@@ -133,6 +143,7 @@ def _from_export(weights: Path, config: Path) -> Pretrained:
     return _pretrained(
         model,
         cfg.get("pretrained_cfg", {}),
+        state.head,
         source=str(weights.parent),
         format="export",
         kind=about.get("kind"),
@@ -149,7 +160,7 @@ def _from_timm(text: str, kind: Kind | None) -> Pretrained:
     state = read_state_dict(Path(file), kind)
     _load(model, _fitting(state.weights, model, Path(file)), Path(file))
     return _pretrained(
-        model, model.pretrained_cfg, source=text, format="timm", kind=state.kind, left_out=state.left_out
+        model, model.pretrained_cfg, state.head, source=text, format="timm", kind=state.kind, left_out=state.left_out
     )
 
 
@@ -158,7 +169,14 @@ def _from_file(path: Path, kind: Kind | None, heads: int | None) -> Pretrained:
     model = plain_vit(_sizes(state, heads, path), fc_norm="fc_norm.weight" in state.weights)
     _load(model, state.weights, path)
     return _pretrained(
-        model, {}, source=str(path), format=state.layout, kind=state.kind, epoch=state.epoch, left_out=state.left_out
+        model,
+        {},
+        state.head,
+        source=str(path),
+        format=state.layout,
+        kind=state.kind,
+        epoch=state.epoch,
+        left_out=state.left_out,
     )
 
 
