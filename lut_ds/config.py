@@ -171,17 +171,9 @@ class Data(ImageData):
     """Colour jitter and one of gray, solarize and blur on view 2."""
 
 
-class Optim(Section):
-    """How it is optimised: AdamW, linear warm-up from 0, then a half cosine by fractional epoch."""
+class AdamW(Section):
+    """The optimizer, whatever its schedule."""
 
-    blr: Annotated[float, Field(ge=0)] = 1.5e-4
-    """Base learning rate; `lr_rule` makes the peak from it."""
-    lr_rule: Literal["sqrt", "linear"] = "sqrt"
-    """Peak: `sqrt` blr*sqrt(global_batch)/4 (LUT's code), `linear` blr*global_batch/256 (MAE)."""
-    min_lr: Annotated[float, Field(ge=0)] = 0.0
-    """Learning rate at the end."""
-    warmup_epochs: Annotated[float, Field(ge=0)] = 40.0
-    """Epochs of linear warm-up."""
     betas: tuple[Decay, Decay] = (0.9, 0.95)
     """AdamW's moment decays."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
@@ -192,11 +184,22 @@ class Optim(Section):
     """Clip the gradient's L2 norm to this; null: no clipping (as the references)."""
 
 
-class Train(Section):
-    """How long, in which batches, and how it is distributed. Below `global_batch`, nothing should change results."""
+class Optim(AdamW):
+    """How it is optimised: AdamW, linear warm-up from 0, then a half cosine by fractional epoch."""
 
-    epochs: Positive = 1600
-    """Length of the schedules, epochs."""
+    blr: Annotated[float, Field(ge=0)] = 1.5e-4
+    """Base learning rate; `lr_rule` makes the peak from it."""
+    lr_rule: Literal["sqrt", "linear"] = "sqrt"
+    """Peak: `sqrt` blr*sqrt(global_batch)/4 (LUT's code), `linear` blr*global_batch/256 (MAE)."""
+    min_lr: Annotated[float, Field(ge=0)] = 0.0
+    """Learning rate at the end."""
+    warmup_epochs: Annotated[float, Field(ge=0)] = 40.0
+    """Epochs of linear warm-up."""
+
+
+class Batches(Section):
+    """In which batches, and how they are distributed. Below `global_batch`, nothing should change results."""
+
     global_batch: Positive = 4096
     """Images an optimizer step, over all ranks and accumulation."""
     max_steps: Positive | None = None
@@ -211,6 +214,13 @@ class Train(Section):
     """Recompute each block in the backward pass."""
     compile: bool | Literal["auto"] = "auto"
     """torch.compile of the blocks (with ZeRO-3 the teacher's only); `auto`: on a GPU."""
+
+
+class Train(Batches):
+    """How long, in which batches, and how it is distributed."""
+
+    epochs: Positive = 1600
+    """Length of the schedules, epochs."""
 
 
 class Precision(Section):
@@ -372,9 +382,9 @@ class RunRecipe(Protocol):
     @property
     def data(self) -> Reading: ...
     @property
-    def optim(self) -> Optim: ...
+    def optim(self) -> AdamW: ...
     @property
-    def train(self) -> Train: ...
+    def train(self) -> Batches: ...
     @property
     def precision(self) -> Precision: ...
     @property

@@ -88,6 +88,15 @@ def show(args: argparse.Namespace) -> Answer:
     return shown, f"wrote {shown['image']}: {len(shown['samples'])} samples", DONE
 
 
+def scenes(args: argparse.Namespace) -> Answer:
+    """Write a small data set for segmentation: drawn shapes on textured grounds, in ADE20K's folders."""
+    from lut_ds.data.scenes import CLASSES, write_scenes
+
+    path = write_scenes(args.out, args.train, args.val, args.size, args.seed)
+    result = {"path": str(path), "train": args.train, "val": args.val, "classes": list(CLASSES)}
+    return result, f"{path}: {args.train} training and {args.val} validation scenes of {len(CLASSES)} classes", DONE
+
+
 def add(commands: Commands) -> None:
     """Add this group's sub-commands."""
     group = commands.group("data", "check, index, pack and look at training data")
@@ -114,10 +123,20 @@ def add(commands: Commands) -> None:
     sub.add_argument("--sample", type=positive, metavar="N", help="measure so many of each split, drawn at random")
     sub.add_argument("--out", type=Path, metavar="DIR", help="folder for histograms as PNG")
     _add_workers(sub)
+    _add_scenes(group)
     sub = group.add(show)
     add_recipe(sub)
     sub.add_argument("-n", "--count", type=positive, default=16, help="samples (default: 16)")
     sub.add_argument("-o", "--output", type=Path, default=Path("sheet.png"), metavar="PNG", help="default: sheet.png")
+
+
+def _add_scenes(group: Commands) -> None:
+    sub = group.add(scenes)
+    sub.add_argument("out", type=Path, help="folder to write")
+    sub.add_argument("--train", type=positive, default=240, metavar="N", help="training scenes (default: 240)")
+    sub.add_argument("--val", type=positive, default=60, metavar="N", help="validation scenes (default: 60)")
+    sub.add_argument("--size", type=positive, default=64, metavar="PIXELS", help="shortest side (default: 64)")
+    sub.add_argument("--seed", type=int, default=0, help="default: 0")
 
 
 def _add_pack(group: Commands) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -28,6 +29,18 @@ class Batch:
     noise: torch.Tensor  # float32 [b, L] uniform draws for the mask, on the training device
     samples: NDArray[np.int64]  # [b] whose pixels these are
     draws: torch.Tensor | None = None  # float32 [b, k] uniform draws for the degradation of the views, likewise
+
+
+class StepLoader(Protocol):
+    """What the training loop reads micro-batches from; PretrainLoader says what each of these is."""
+
+    steps_per_epoch: int
+    seen: int
+    bad: int
+
+    def batches(self, start_step: int, stop_step: int) -> Iterator[Any]: ...
+    def names(self, samples: Sequence[int]) -> list[str]: ...
+    def take_bad(self) -> list[BadSample]: ...
 
 
 class PretrainLoader:

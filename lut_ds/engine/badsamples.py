@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from lut_ds.data.loader import PretrainLoader
+from lut_ds.data.loader import StepLoader
 from lut_ds.data.quarantine import BadSample, QuarantineFile, check_share
 from lut_ds.engine.launch import Ranks
 
@@ -24,9 +24,7 @@ class BadSampleWatch:
         say: prints a line.
     """
 
-    def __init__(
-        self, loader: PretrainLoader, folder: Path, ranks: Ranks, most: float, say: Callable[[str], None]
-    ) -> None:
+    def __init__(self, loader: StepLoader, folder: Path, ranks: Ranks, most: float, say: Callable[[str], None]) -> None:
         self._loader, self._ranks, self._most, self._say = loader, ranks, most, say
         self._file = QuarantineFile(folder / "quarantine.jsonl") if ranks.main else None
         self._seen = self._bad = 0

@@ -54,18 +54,19 @@ def layer_of(name: str, depth: int) -> int:
 
 
 def layer_decay_groups(
-    named: Iterable[tuple[str, nn.Parameter]], weight_decay: float, layer_decay: float, depth: int
+    named: Iterable[tuple[str, nn.Parameter]], weight_decay: float, layer_decay: float, depth: int, prefix: str = ""
 ) -> list[dict[str, Any]]:
     """AdamW groups of fine-tuning: a layer's learning rate is `lr_scale` = layer_decay^(depth+1-layer) times the schedule's.
 
     No weight decay on 1-D tensors, cls token and positions (BEiT's rule, as MAE and LUT fine-tune). Each group keeps its
-    `names`; the order is by layer, decayed first.
+    `names`; the order is by layer, decayed first. `prefix`: of the names of a ViT that is part of another module.
     """
     groups: dict[tuple[int, bool], list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in named:
         if parameter.requires_grad:
-            plain = parameter.dim() == 1 or name in NOT_DECAYED
-            groups.setdefault((layer_of(name, depth), plain), []).append((name, parameter))
+            within = name.removeprefix(prefix)
+            plain = parameter.dim() == 1 or within in NOT_DECAYED
+            groups.setdefault((layer_of(within, depth), plain), []).append((name, parameter))
     return [
         {
             "params": [p for _, p in members],

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from lut_ds.config import Recipe, RunRecipe
-from lut_ds.data.loader import Batch, PretrainLoader
+from lut_ds.data.loader import Batch, PretrainLoader, StepLoader
 from lut_ds.data.sources import Source
 from lut_ds.engine.badsamples import BadSampleWatch
 from lut_ds.engine.build import flops_shape
@@ -99,13 +99,14 @@ def train(
     recipe: RunRecipe,
     ranks: Ranks,
     folder: Path,
-    loader: PretrainLoader,
+    loader: StepLoader,
     trainer: Trainer,
     signals: StopRequest,
     schedule: StepSchedule,
     flops_per_image: float,
     title: str = "pretrain",
     evaluate: Evaluate | None = None,
+    evaluate_every: int | None = None,
 ) -> Outcome:
     """Run, or continue, the loop over optimizer steps.
 
@@ -114,11 +115,12 @@ def train(
         signals: what asks to stop.
         schedule: learning rate and EMA decay by step.
         flops_per_image: of a step, for the utilisation that is shown; title: of the progress bar.
-        evaluate: called on all ranks after every epoch and the last step, before these are saved, with the steps done and a
-            function that shows a line.
+        evaluate: called on all ranks after every `evaluate_every` steps (None: every epoch) and the last step, before these
+            are saved, with the steps done and a function that shows a line.
     """
     stop_step = min(schedule.total_steps, recipe.train.max_steps or schedule.total_steps)
     save_every = recipe.run.save_every or loader.steps_per_epoch
+    evaluate_every = evaluate_every or loader.steps_per_epoch
     watch = Watch(
         recipe, ranks, folder, trainer, loader.steps_per_epoch, stop_step, loader.names, flops_per_image, title
     )
@@ -146,7 +148,7 @@ def train(
                     batches.close()
                     batches = _batches(loader, watch, step, stop_step)
                     continue  # a stop that was asked for ends the loop: what it would save is saved
-            if evaluate is not None and (last or step % loader.steps_per_epoch == 0):
+            if evaluate is not None and (last or step % evaluate_every == 0):
                 watch.guards.saving()
                 evaluate(step, watch.say)
             if last or stopped or step % save_every == 0:
@@ -156,7 +158,7 @@ def train(
         watch.close()
 
 
-def _batches(loader: PretrainLoader, watch: Watch, start: int, stop: int) -> Generator[Batch, None, None]:
+def _batches(loader: StepLoader, watch: Watch, start: int, stop: int) -> Generator[Batch, None, None]:
     """The micro-batches of optimizer steps [start, stop), without the data that the run passes over."""
     for first, last in watch.guards.spans.data_ranges(start, stop):
         yield from loader.batches(first, last)

@@ -14,10 +14,10 @@ HeadAct = Literal["relu", "gelu"]
 
 
 class HeadBatchNorm(nn.BatchNorm1d):
-    """Batch norm over [B, D] computed in fp32 whatever the weights' dtype, statistics optionally shared between ranks.
+    """Batch norm over [B, D] or maps [B, D, ...], in fp32 whatever the weights' dtype, statistics optionally shared between ranks.
 
     `all_reduce_sum` is set by whoever knows about ranks: a differentiable function that sums a tensor over them. It makes
-    training statistics those of the batches of all ranks together; every rank must call with the same batch size.
+    training statistics those of the batches of all ranks together; every rank must call with the same shape.
     """
 
     all_reduce_sum: Callable[[Tensor], Tensor] | None = None
@@ -43,10 +43,15 @@ class HeadBatchNorm(nn.BatchNorm1d):
 
     def _synchronised(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         assert self.all_reduce_sum is not None
-        count = x.shape[0] * self.world_size
-        mean = self.all_reduce_sum(x.sum(0)) / count
-        centred = x - mean
-        var = self.all_reduce_sum(centred.square().sum(0)) / count
+        over = [d for d in range(x.dim()) if d != 1]
+        count = x.numel() // x.shape[1] * self.world_size
+
+        def spread(values: Tensor) -> Tensor:
+            return values.view(1, -1, *[1] * (x.dim() - 2))
+
+        mean = self.all_reduce_sum(x.sum(over)) / count
+        centred = x - spread(mean)
+        var = self.all_reduce_sum(centred.square().sum(over)) / count
         with torch.no_grad():
             assert self.running_mean is not None
             assert self.running_var is not None
@@ -55,7 +60,7 @@ class HeadBatchNorm(nn.BatchNorm1d):
             self.num_batches_tracked.add_(1)
             self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
             self.running_var.lerp_((var * count / max(count - 1, 1)).to(self.running_var.dtype), momentum)
-        return centred * torch.rsqrt(var + self.eps) * weight + bias
+        return centred * spread(torch.rsqrt(var + self.eps)) * spread(weight) + spread(bias)
 
 
 def make_head(depth: int, width: int, hidden: int, norm: HeadNorm, act: HeadAct) -> nn.Sequential:

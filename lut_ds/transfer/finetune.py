@@ -24,7 +24,7 @@ from lut_ds.engine.step import split_batch
 from lut_ds.engine.train import on_all, set_up_process, train, warm_up
 from lut_ds.method.flops import blocks_flops
 from lut_ds.transfer.config import FinetuneRecipe
-from lut_ds.transfer.finetune_judge import Judge
+from lut_ds.transfer.finetune_judge import FinetuneJudge
 from lut_ds.transfer.finetune_loader import FinetuneLoader
 from lut_ds.transfer.finetune_start import open_labelled, sizes, start_model
 from lut_ds.transfer.finetune_step import FinetuneSchedule, FinetuneTrainer
@@ -62,7 +62,7 @@ def finetune(recipe: FinetuneRecipe, recipe_name: str) -> dict[str, Any]:
         )
         with loader:
             trainer = FinetuneTrainer(recipe, ranks, model, micro_batch, accumulation)
-            judge = Judge(recipe, ranks, folder, trainer, val, loader.steps_per_epoch, ways.threads)
+            judge = FinetuneJudge(recipe, ranks, folder, trainer, val, loader.steps_per_epoch, ways.threads)
             schedule = FinetuneSchedule(recipe, loader.steps_per_epoch)
             outcome = train(
                 recipe,
