@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from lut_ds.config import Recipe, RunRecipe
-from lut_ds.data.loader import Batch, PretrainLoader, StepLoader
+from lut_ds.data.loader import Batch, StepLoader
 from lut_ds.data.sources import Source
 from lut_ds.engine.badsamples import BadSampleWatch
 from lut_ds.engine.build import flops_shape
