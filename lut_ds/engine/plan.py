@@ -9,6 +9,7 @@ from lut_ds.data.sources import open_source
 from lut_ds.engine.build import build_student, flops_shape
 from lut_ds.engine.ds_config import load_ds_config, zero_stage
 from lut_ds.engine.launch import check_accelerator
+from lut_ds.engine.memory import memory
 from lut_ds.engine.schedules import peak_lr
 from lut_ds.engine.step import split_batch
 from lut_ds.errors import UserError
@@ -26,38 +27,6 @@ def parameter_counts(recipe: Recipe) -> dict[str, int]:
     return counts
 
 
-def memory_estimate(
-    recipe: Recipe, counts: dict[str, int], stage: int, world_size: int, micro_batch: int
-) -> dict[str, float]:
-    """GiB a rank for each kind of state, and for the activations of one micro-batch.
-
-    States follow the ZeRO paper (Rajbhandari et al. 2020): weights sharded from stage 3, gradients from 2, fp32 masters,
-    moments and EMA from 1. Activations are an upper estimate of what autograd keeps in pre-norm blocks with fused
-    attention: 34 bytes-per-half-precision units of [tokens, width] a block (Korthikanti et al. 2022, without the quadratic
-    term), or one with checkpointing.
-    """
-    m, shape = recipe.model, flops_shape(recipe)
-    element = 2 if recipe.precision.compute == "bf16" else 4
-    student, teacher = counts["student"], counts["teacher"]
-
-    def sharded(from_stage: int) -> float:
-        return world_size if stage >= from_stage else 1
-
-    units = 2 if recipe.train.activation_checkpointing else 34
-    encoder_tokens = shape.views * (1 + shape.kept)
-    block_elements = encoder_tokens * m.width * m.depth + (1 + m.patches) * m.decoder_width * m.decoder_depth
-    gib = 2.0**30
-    return {
-        "weights": student * element / sharded(3) / gib,
-        "gradients": student * element / sharded(2) / gib,
-        "masters": (student * 4 / sharded(1) / gib) if stage > 0 else 0.0,
-        "moments": student * 8 / sharded(1) / gib,
-        "ema": (student * 4 / sharded(1) / gib) if teacher else 0.0,
-        "teacher": teacher * (2 if recipe.precision.teacher == "bf16" else 4) / gib,
-        "activations": micro_batch * block_elements * units * (element / 2) / gib,
-    }
-
-
 def plan(recipe: Recipe, world_size: int) -> dict[str, Any]:
     """The whole plan as JSON values; see `describe_plan` for people.
 
@@ -68,7 +37,8 @@ def plan(recipe: Recipe, world_size: int) -> dict[str, Any]:
     if recipe.data.path is None:
         raise UserError("data.path: no image folder given; add data.path=DIR, where DIR holds train/<class>/*.jpg")
     images = len(open_source(recipe.data.path, split="train"))
-    stage = zero_stage(load_ds_config(recipe))
+    config = load_ds_config(recipe)
+    stage = zero_stage(config)
     micro_batch, accumulation = split_batch(recipe.train.global_batch, recipe.train.micro_batch, world_size)
     steps_per_epoch = images // recipe.train.global_batch
     warnings = []
@@ -78,7 +48,8 @@ def plan(recipe: Recipe, world_size: int) -> dict[str, Any]:
     steps = min(steps_per_epoch * recipe.train.epochs, recipe.train.max_steps or steps_per_epoch * recipe.train.epochs)
     counts = parameter_counts(recipe)
     shape = flops_shape(recipe)
-    memory = memory_estimate(recipe, counts, stage, world_size, micro_batch)
+    held = memory(recipe, config, world_size, micro_batch, accumulation)
+    gib = {part: size / 2**30 for part, size in held.parts.items()}
     flops = step_flops(shape)
     return {
         "images": images,
@@ -101,7 +72,7 @@ def plan(recipe: Recipe, world_size: int) -> dict[str, Any]:
         "gflop_per_image": {name: value / 1e9 for name, value in flops.items()},
         "total_eflop": flops["total"] * recipe.train.global_batch * steps / 1e18,
         "zero_stage": stage,
-        "memory_gib_per_rank": {**memory, "total": sum(memory.values())},
+        "memory_gib_per_rank": {**gib, "total": sum(gib.values())},
         "warnings": warnings,
     }
 
@@ -122,7 +93,7 @@ def describe_plan(name: str, planned: dict[str, Any]) -> str:
         "parameters": f"student {p['student'] / 1e6:.1f} M ({parts}){teacher}",
         "tokens": f"{t['patches']} patches; student {t['views']} x {t['student_per_view']}{teacher_tokens}, decoder {t['decoder']}",
         "FLOPs": f"{total_flops:.1f} GFLOP an image ({_list(f, '.1f')}); {v['total_eflop']:.3g} EFLOP in all",
-        "memory": f"{total_memory:.1f} GiB a rank, ZeRO stage {v['zero_stage']} ({_list(m, '.2f')}); estimated, activations from above",
+        "memory": f"{total_memory:.1f} GiB a rank, ZeRO stage {v['zero_stage']} ({_list(m, '.2f')}); without CUDA's and NCCL's own",
     }
     warnings = [f"  warning     {warning}" for warning in v["warnings"]]
     return "\n".join([f"plan of {name}", *(f"  {key:11} {text}" for key, text in rows.items()), *warnings])
