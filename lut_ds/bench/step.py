@@ -111,6 +111,7 @@ def bench_step(recipe: Recipe, options: Options) -> dict[str, Any]:
         "options": {**vars(options), "device": device, "world_size": world},
         "model": recipe.model.model_dump(),
         "method": recipe.method.name,
+        "precision": recipe.precision.model_dump(),
         "flops": flops,
         "sides": {name: summarise([found[name] for found in rounds]) for name in rounds[0]},
         "ratios": compare(rounds, "ours", ("images_per_s",)),
