@@ -23,6 +23,8 @@ TITLES = {
     "lr": "Learning rate",
     "grad_norm": "Gradient norm before clipping",
 }
+SPEED = {"images_per_s": "Images a second", "data_wait": "Share of the time spent waiting for data"}
+"""Recorded now and then, not at every step."""
 _BINS = 240
 
 
@@ -69,38 +71,56 @@ def binned(
 
 
 def draw_curves(records: Records) -> Draw:
-    """Small multiples of the run's metrics over epochs. Every axis starts at zero and none is clipped.
+    """Small multiples of the run's metrics over epochs, see `draw_runs`."""
+    return draw_runs([("", records)], curve_keys(records))
+
+
+def draw_runs(runs: Sequence[tuple[str, Records]], keys: Sequence[str]) -> Draw:
+    """Small multiples of metrics over epochs, all runs in the same axes. Every axis starts at zero and none is clipped.
 
     A line is the mean of a few consecutive steps, the band around it their lowest and highest value. Steps that were not
     applied (non-finite loss or gradient) are ticks on the axis.
+
+    Args:
+        runs: name and records of each; one run alone needs no name.
+        keys: of TITLES and SPEED, a panel each.
     """
 
     def draw(theme: Theme) -> Figure:
-        keys = curve_keys(records)
         rows = -(-len(keys) // 2)
         figure = new_figure(8.2, 2.35 * rows)
         axes = axes_grid(figure, rows, 2)
         for axis, key in zip(axes, keys, strict=False):
-            _draw_metric(axis, records, key, theme)
+            _draw_metric(axis, runs, key, theme)
         for axis in axes[len(keys) :]:
             axis.remove()
+        if len(runs) > 1:
+            handles, labels = axes[0].get_legend_handles_labels()
+            figure.legend(handles, labels, loc="outside upper left", ncols=min(3, len(runs)))
         return figure
 
     return draw
 
 
-def _draw_metric(axis: Axes, records: Records, key: str, theme: Theme) -> None:
-    epoch, mean, low, high = binned(records, key)
-    if key != "lr":
-        axis.fill_between(epoch, low, high, color=theme.student, alpha=0.22, linewidth=0)
-    axis.plot(epoch, mean, color=theme.student)
-    skipped = [record["epoch"] for record in records if record.get("applied") == 0]
-    if skipped:
-        axis.plot(skipped, np.zeros(len(skipped)), "|", color=theme.warning, markersize=10, clip_on=False)
-    axis.set_title(TITLES[key])
+def _draw_metric(axis: Axes, runs: Sequence[tuple[str, Records]], key: str, theme: Theme) -> None:
+    top, end = 0.0, 1e-9
+    for (name, records), (colour, style) in zip(runs, theme.series(len(runs)), strict=True):
+        end = max(end, float(records[-1]["epoch"]))
+        known = [record for record in records if key in record]
+        axis.plot([], [], color=colour, linestyle=style, label=name)  # in the legend, whatever this panel holds
+        if not known:
+            continue
+        epoch, mean, low, high = binned(known, key)
+        if key != "lr":
+            axis.fill_between(epoch, low, high, color=colour, alpha=0.22 if len(runs) == 1 else 0.12, linewidth=0)
+        axis.plot(epoch, mean, color=colour, linestyle=style)
+        skipped = [record["epoch"] for record in known if record.get("applied") == 0]
+        if skipped:
+            axis.plot(skipped, np.zeros(len(skipped)), "|", color=theme.warning, markersize=10, clip_on=False)
+        top = max(top, float(np.nanmax(high)) if np.isfinite(high).any() else 0.0)
+    axis.set_title({**TITLES, **SPEED}[key])
     axis.set_xlabel("epoch")
-    axis.set_xlim(0, max(float(records[-1]["epoch"]), 1e-9))
-    top = np.nanmax(high) if np.isfinite(high).any() else 1.0
+    axis.set_xlim(0, end)
     axis.set_ylim(0, 1.06 * top if top > 0 else 1.0)
     axis.ticklabel_format(axis="y", style="sci", scilimits=(-3, 4), useMathText=True)
 
@@ -124,7 +144,7 @@ def draw_accuracy(
 
     Args:
         epochs: of the evaluations.
-        series: values at those epochs by name; `student` and `teacher` have colours of their own.
+        series: values at those epochs by name; `student` and `teacher` have colours and markers of their own.
         baselines: values that do not change over the run, drawn as dashed lines with their names.
         title: of the picture.
     """
@@ -134,8 +154,8 @@ def draw_accuracy(
         (axis,) = axes_grid(figure, 1, 1)
         markers = {"student": ("o", theme.student), "teacher": ("D", theme.teacher)}
         last = max(epochs) if max(epochs) > 0 else 1.0
-        for name, values in series.items():
-            marker, colour = markers.get(name, ("s", theme.ink))
+        for (name, values), (other, _) in zip(series.items(), theme.series(len(series)), strict=True):
+            marker, colour = markers.get(name, ("s", other))
             axis.plot(
                 epochs,
                 values,
@@ -160,7 +180,7 @@ def draw_accuracy(
         axis.set_xlim(-0.015 * last, 1.015 * last)
         axis.set_title(title)
         axis.set_xlabel("epoch")
-        axis.set_ylabel("top-1, %")
+        axis.set_ylabel("top-1, %" if markers.keys() & series.keys() else "%")
         axis.legend(loc="best")
         return figure
 

@@ -25,10 +25,15 @@ def draw_knn(knn: Mapping[str, Any]) -> Draw:
     trained = [name for name in ("student", "teacher") if name in top1]
     return draw_accuracy(
         [0.0, *(entry["epoch"] for entry in history)],
-        {name: [top1["random_encoder"], *(entry[name][k] for entry in history)] for name in trained},
+        {name: [top1["random_encoder"], *(_at(entry[name], k) for entry in history)] for name in trained},
         {NAMES[name]: value for name, value in top1.items() if name not in trained},
         f"k-NN top-1 on held-out images (k = {k})",
     )
+
+
+def _at(by_k: Mapping[Any, float], k: int) -> float:
+    """The value of k, whose key JSON turned into text."""
+    return by_k[k] if k in by_k else by_k[str(k)]
 
 
 def write_demo_page(

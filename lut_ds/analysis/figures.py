@@ -12,6 +12,9 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+DPI = 150
+_STYLES = ("-", "--", ":", "-.")
+
 
 @dataclass(frozen=True)
 class Theme:
@@ -24,6 +27,12 @@ class Theme:
     student: str
     teacher: str
     warning: str
+    more: tuple[str, ...]
+
+    def series(self, count: int) -> list[tuple[str, str]]:
+        """Colour and line style of each of `count` runs: where colours come again, the style is another."""
+        colours = (self.student, self.teacher, *self.more)
+        return [(colours[k % len(colours)], _STYLES[k // len(colours) % len(_STYLES)]) for k in range(count)]
 
     def apply(self) -> AbstractContextManager[None]:
         """matplotlib settings for `with`."""
@@ -58,8 +67,8 @@ class Theme:
         return mpl.rc_context(settings)
 
 
-LIGHT = Theme("#ffffff", "#1d2129", "#7b8494", "#e6e9ee", "#1f6fc4", "#d1670b", "#c22f3b")
-DARK = Theme("#171a20", "#e6e8ec", "#8b94a3", "#2b303a", "#6cb0ff", "#ffa657", "#ff7b85")
+LIGHT = Theme("#ffffff", "#1d2129", "#7b8494", "#e6e9ee", "#1f6fc4", "#d1670b", "#c22f3b", ("#1d8a63", "#8b4fc0"))
+DARK = Theme("#171a20", "#e6e8ec", "#8b94a3", "#2b303a", "#6cb0ff", "#ffa657", "#ff7b85", ("#57cfa3", "#c79bff"))
 
 Draw = Callable[[Theme], Figure]
 """Draws a picture in a theme."""
@@ -81,7 +90,7 @@ def png(draw: Draw, theme: Theme = LIGHT) -> bytes:
     """The picture as a PNG."""
     with theme.apply():
         buffer = io.BytesIO()
-        draw(theme).savefig(buffer, format="png", dpi=150)
+        draw(theme).savefig(buffer, format="png", dpi=DPI)
     return buffer.getvalue()
 
 

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from html import escape
 from importlib import resources
 
-from lut_ds.analysis.figures import DARK, LIGHT, Draw, png
+from lut_ds.analysis.figures import DARK, DPI, LIGHT, Draw, png
+
+_NARROW, _WIDE = 576, 640  # pixels of the page
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,16 @@ def text(*paragraphs: str) -> str:
     return "".join(f"<p>{escape(paragraph)}</p>" for paragraph in paragraphs)
 
 
+def part(heading: str, body: str) -> str:
+    """A headed part of a section; `body` is HTML."""
+    return f"<h3>{escape(heading)}</h3>{body}"
+
+
+def note(said: str) -> str:
+    """A remark apart from the text: what is missing and why."""
+    return f'<p class="note">{escape(said)}</p>'
+
+
 def tiles(items: Sequence[Tile]) -> str:
     """Numbers side by side."""
     cells = (
@@ -50,11 +62,22 @@ def tiles(items: Sequence[Tile]) -> str:
 
 def picture(draw: Draw, alt: str, caption: str, narrow: bool = False) -> str:
     """A picture inside the page, drawn once for light screens and once for dark ones."""
-    light, dark = (_data_uri(png(draw, theme)) for theme in (LIGHT, DARK))
+    light, dark = (png(draw, theme) for theme in (LIGHT, DARK))
+    return stored_picture(light, dark, alt, caption, narrow)
+
+
+def stored_picture(light: bytes, dark: bytes, alt: str, caption: str, narrow: bool = False) -> str:
+    """Two PNGs of the same size, for light screens and for dark ones, inside the page; never enlarged."""
+    width = int.from_bytes(light[16:20], "big") * 96 // DPI
+    width = min(width, _NARROW) if narrow else width
+    wide = (
+        ' class="wide"' if width > _WIDE else ""
+    )  # on a phone these are scrolled, not shrunk until nothing can be read
     return (
-        f"<figure{' class=narrow' if narrow else ''}><picture>"
-        f'<source media="(prefers-color-scheme: dark)" srcset="{dark}"><img src="{light}" alt="{escape(alt)}">'
-        f"</picture><figcaption>{escape(caption)}</figcaption></figure>"
+        f'<figure><div class="scroll"><picture>'
+        f'<source media="(prefers-color-scheme: dark)" srcset="{_data_uri(dark)}">'
+        f'<img{wide} src="{_data_uri(light)}" alt="{escape(alt)}" style="max-width: min(100%, {width}px)">'
+        f"</picture></div><figcaption>{escape(caption)}</figcaption></figure>"
     )
 
 
@@ -83,6 +106,27 @@ def facts(values: Mapping[str, object]) -> str:
     return f'<div class="scroll"><table><tbody>{"".join(lines)}</tbody></table></div>'
 
 
+def columns(names: Sequence[str], rows: Mapping[str, Sequence[object]], mark: bool = False) -> str:
+    """A table with a column for each of `names`; with `mark`, rows whose values differ stand out."""
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in ("", *names))
+    lines = []
+    for name, values in rows.items():
+        shown = [str(value) for value in values]
+        differs = ' class="differs"' if mark and len(set(shown)) > 1 else ""
+        cells = "".join(f'<td class="value">{escape(value)}</td>' for value in shown)
+        lines.append(f'<tr{differs}><th scope="row">{escape(name)}</th>{cells}</tr>')
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+
+
+def log(rows: Sequence[tuple[str, str, str]]) -> str:
+    """What happened when: time, kind and text of each event."""
+    lines = (
+        f'<tr><th scope="row">{escape(when)}</th><td>{escape(kind)}</td><td class="code">{escape(said)}</td></tr>'
+        for when, kind, said in rows
+    )
+    return f'<div class="scroll"><table><tbody>{"".join(lines)}</tbody></table></div>'
+
+
 def folded(title: str, body: str) -> str:
     """Something to open on a click."""
     return f"<details><summary>{escape(title)}</summary>{body}</details>"
@@ -104,7 +148,7 @@ def page(eyebrow: str, title: str, standfirst: str, lead: str, sections: Sequenc
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(title)}</title><style>{css}</style></head>\n<body><main><header>"
         f'<p class="eyebrow">{escape(eyebrow)}</p><h1>{escape(title)}</h1><p class="standfirst">{escape(standfirst)}</p>'
-        f"<nav>{links}</nav></header>{lead}{body}<footer>{escape(footer)}</footer></main></body></html>\n"
+        f"</header><nav>{links}</nav>{lead}{body}<footer>{escape(footer)}</footer></main></body></html>\n"
     )
 
 

@@ -12,6 +12,8 @@ from lut_ds.analysis.figures import write_aside
 from lut_ds.config import Recipe
 from lut_ds.method.masking import keep_count
 
+CURVES = "Line: mean of a few consecutive steps; band: their lowest and highest value. Axes start at zero and nothing is cut off."
+
 
 @dataclass(frozen=True)
 class TrainingSummary:
@@ -57,25 +59,30 @@ def training_section(run: Path, recipe: Recipe) -> page.Section:
     """Curves, and the metrics of the first and last epoch."""
     records = run_metrics(run)
     summary = summarise(records, recipe.train.global_batch)
-    caption = (
-        "Line: mean of a few consecutive steps; band: their lowest and highest value. Axes start at zero and nothing is cut off. "
-        "A spread near 0 would mean that all images get the same feature (collapse); 1 is isotropic."
+    caption = f"{CURVES} A spread near 0 would mean that all images get the same feature (collapse); 1 is isotropic."
+    pictures = page.picture(
+        draw_curves(records), "Curves of losses, feature spread and learning rate over epochs", caption
     )
+    sentence = training_sentence(summary, recipe.train.global_batch)
+    return page.Section("Training", page.text(sentence) + pictures + epoch_means(summary))
+
+
+def training_sentence(summary: TrainingSummary, global_batch: int) -> str:
+    """How much was trained, and how fast."""
+    return (
+        f"{summary.steps:,} steps of {global_batch} images, {summary.epochs:.4g} epochs, in "
+        f"{summary.seconds:.0f} seconds of training: {summary.images_per_second:,.0f} images a second."
+    )
+
+
+def epoch_means(summary: TrainingSummary) -> str:
+    """A table of each metric's mean in the first and in the last epoch."""
     rows = [
         [TITLES[name], f"{summary.first[name]:.4g}", f"{summary.last[name]:.4g}"]
         for name in summary.first
         if name in summary.last
     ]
-    sentence = (
-        f"{summary.steps:,} steps of {recipe.train.global_batch} images, {summary.epochs:g} epochs, in "
-        f"{summary.seconds:.0f} seconds of training: {summary.images_per_second:,.0f} images a second."
-    )
-    pictures = page.picture(
-        draw_curves(records), "Curves of losses, feature spread and learning rate over epochs", caption
-    )
-    return page.Section(
-        "Training", page.text(sentence) + pictures + page.table(["mean over an epoch", "first", "last"], rows)
-    )
+    return page.table(["mean over an epoch", "first", "last"], rows)
 
 
 def recipe_section(recipe: Recipe) -> page.Section:

@@ -18,6 +18,18 @@ def analyze(args: argparse.Namespace) -> Answer:
     return results, describe(results), DONE
 
 
+def report(args: argparse.Namespace) -> Answer:
+    """Write one HTML page about a run, or several beside each other: curves, evaluations, pictures, recipe, history.
+
+    It needs nothing but itself. What knn, probe and analyze left in the run is shown; runs that go on, were stopped or
+    killed are shown as far as they came.
+    """
+    from lut_ds.report import describe, report
+
+    result = report(args.runs, args.output, args.analyze)
+    return result, describe(result), DONE
+
+
 def add(commands: Commands) -> None:
     """Add this group's sub-commands."""
     sub = commands.add(analyze)
@@ -29,3 +41,12 @@ def add(commands: Commands) -> None:
     sub.add_argument(
         "--train-images", type=positive, default=4000, metavar="N", help="training images of `layers` (default 4000)"
     )
+    sub = commands.add(report)
+    sub.add_argument("runs", nargs="+", metavar="RUN", help="run folder, of pre-training or fine-tuning")
+    sub.add_argument(
+        "-o",
+        "--output",
+        metavar="FILE",
+        help="default: run-report.html in the run, lut-ds-report.html here for several",
+    )
+    sub.add_argument("--analyze", action="store_true", help="run `lut-ds analyze` on each run first")

@@ -19,7 +19,9 @@ from numpy.typing import NDArray
 from lut_ds import __version__
 from lut_ds.analysis import attention_distance, attention_maps, cka, relevance, spectrum
 from lut_ds.analysis.figures import DARK, LIGHT, png, write_aside
+from lut_ds.analysis.findings import sentence
 from lut_ds.analysis.probes import draw_layers
+from lut_ds.analysis.runs import short_names
 from lut_ds.analysis.subject import Drawing, Found, Subject, check_attention
 from lut_ds.data.loader import EvalLoader
 from lut_ds.data.sources import Source, open_source
@@ -109,9 +111,10 @@ def _prepare(request: Request, other: str | None, only: Sequence[str], images: i
             f"--only: expected some of {', '.join(DRAWINGS)}, found {','.join(unknown) or 'none'}; correct it"
         )
     sources = [request.source] if other is None else [request.source, other]
+    names = short_names([text.removeprefix(PREFIX).partition(":")[0] for text in sources])
     models = {
         name: load_model(source, request.kind, request.image_size, request.heads)
-        for name, source in zip(_names(sources), sources, strict=True)
+        for name, source in zip(names, sources, strict=True)
     }
     for name, model in models.items():
         if set(only) & set(NEED_ATTENTION):
@@ -124,16 +127,6 @@ def _prepare(request: Request, other: str | None, only: Sequence[str], images: i
     if output.is_file():
         raise UserError(f"output: {output}: expected a folder, found a file; name another")
     return Scene(request, models, train, val, (spread(train, train_images), spread(val, images)), output)
-
-
-def _names(sources: Sequence[str]) -> list[str]:
-    """The shortest ends of the paths that tell the sources apart."""
-    parts = [source.removeprefix(PREFIX).partition(":")[0].rstrip("/").split("/") for source in sources]
-    for length in range(1, max(map(len, parts)) + 1):
-        names = ["/".join(part[-length:]) for part in parts]
-        if len(set(names)) == len(names):
-            return names
-    return [f"{name} ({k})" for k, name in enumerate(names, 1)]
 
 
 def _open(data: str, labels_needed: bool) -> tuple[Source | None, Source]:
@@ -209,25 +202,5 @@ def describe(results: Mapping[str, Any]) -> str:
     """The main number of each analysis, for people."""
     lines = [f"{name}: {record['source']}" for name, record in results["models"].items()]
     for name, found in results["analyses"].items():
-        lines += [f"  {name:18} {who}: {_sentence(name, each)}" for who, each in found.items()]
+        lines += [f"  {name:18} {who}: {sentence(name, each)}" for who, each in found.items()]
     return "\n".join([*lines, f"written to {results['output']}"])
-
-
-def _sentence(name: str, found: Mapping[str, Any]) -> str:
-    if name == "attention-distance":
-        first, last = found["by_layer"][0], found["by_layer"][-1]
-        return f"{first:.1f} px in the first layer, {last:.1f} px in the last; attention to all alike: {found['uniform']:.1f} px"
-    if name == "maps":
-        last = found["effective_patches"][-1]
-        return f"the last layer's {found['query']} attends to {last:.1f} of {found['patches']} patches (exp of the entropy)"
-    if name == "relevance":
-        left = found["target_left"]
-        share = f"without {100 * found['left_out_share']:.0f} % of the patches"
-        return f"{share}: {left['most']:.2f} of the target left (most relevant), {left['random']:.2f} (random)"
-    if name == "spectrum":
-        image, token = found["image"], found["token"]
-        return f"effective rank {image['effective_rank']:.1f} of {image['rank_bound']} (images), {token['effective_rank']:.1f} (tokens)"
-    if name == "cka":
-        values = [row[-1] for row in found["cka"] if row[-1] is not None]
-        return f"the last layer's similarity to the layers before: {', '.join(f'{v:.2f}' for v in values)}"
-    return f"top-1 by layer {', '.join(f'{v:.1f}' for v in found['top1'])} %; best: layer {found['best_layer']}"
