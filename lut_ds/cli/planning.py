@@ -1,10 +1,12 @@
 """Sub-commands that predict a run."""
 
 import argparse
+import contextlib
 import os
 from pathlib import Path
 
 from lut_ds.cli.parser import DONE, Answer, Commands, add_recipe, positive
+from lut_ds.errors import UserError
 
 GPUS = ("a100-40", "a100-80", "h100", "h200")
 
@@ -23,6 +25,8 @@ def plan(args: argparse.Namespace) -> Answer:
     from lut_ds.bench.planner.words import describe
     from lut_ds.config import load_recipe
 
+    if args.plot is not None and not (args.plot.endswith(".png") and Path(args.plot).absolute().parent.is_dir()):
+        raise UserError(f"--plot: expected a file name that ends in .png, in a folder that exists, found {args.plot}")
     recipe = load_recipe(args.recipe, args.override)
     fixed = frozenset(word.partition("=")[0].strip() for word in args.override)
     images = args.images or IMAGENET
@@ -30,17 +34,21 @@ def plan(args: argparse.Namespace) -> Answer:
     planned = plan_run(recipe, args.recipe, request)
     text = describe(planned)
     if args.plot is not None:
-        planned["plot"] = str(write_aside(Path(args.plot), png(lambda theme: draw_scaling(planned, theme))))
+        picture = png(lambda theme: draw_scaling(planned, theme))
+        try:
+            planned["plot"] = str(write_aside(Path(args.plot), picture))
+        except OSError as error:
+            raise UserError(f"--plot {args.plot}: cannot be written: {error.strerror}") from error
         text += f"\nplot written to {args.plot}"
     return planned, text, DONE
 
 
 def _rate(text: str) -> float:
     """Gbit/s, for argparse."""
-    value = float(text)
-    if not 0 < value < 1e5:
-        raise argparse.ArgumentTypeError(f"expected Gbit/s above 0, found {text!r}")
-    return value
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < 1e5:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"expected Gbit/s above 0, found {text!r}")
 
 
 def add(commands: Commands) -> None:

@@ -19,7 +19,9 @@ GLOBAL_BATCH, ACCUMULATION = 16, 2
 # Changes of the DeepSpeed file by name: what is fetched twice, what is reduced to its owner, what is sent in fp32.
 CHANGES: dict[str, dict[str, Any]] = {
     "fp32_zero0": {},
+    "fp32_zero1": {},
     "fp32_zero2": {},
+    "fp32_zero3": {"stage3_param_persistence_threshold": 100},
     "bf16_zero1": {"reduce_bucket_size": 4000},
     "bf16_zero2": {"reduce_bucket_size": 4000},
     "bf16_zero3": {"stage3_param_persistence_threshold": 100},

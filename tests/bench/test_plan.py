@@ -76,6 +76,15 @@ def test_vit_h_on_8_small_a100() -> None:
     assert found["chosen"]["memory_gib"]["total"] <= found["usable_gib"] < 40
 
 
+def test_a_lone_image_a_gpu_can_be_planned() -> None:
+    found = planned("demo", "--gpus", 64, "--gpu", "h100")
+    assert list(found["stages"]) == ["0", "1", "2", "3"]  # fp32
+    assert (found["chosen"]["micro_batch"], found["chosen"]["accumulation"]) == (1, 1)
+    assert found["limit"] != "compute"
+    impossible = [row["gpus"] for row in found["scaling"]["strong"] if "why_not" in row]
+    assert impossible == [128, 256, 512, 1024]
+
+
 def test_the_largest_micro_batch_is_the_largest() -> None:
     recipe = load_recipe("lut_vith14")
     fitter = Fitter(recipe, Cluster(DEVICES["a100-40"], 8, 8, 200), 0.4)
@@ -108,6 +117,9 @@ REFUSALS = {
     ),
     "stage 0 in bf16": ("lut_vitl16 --gpus 8 --gpu h100 train.deepspeed=zero0", ["precision.compute=fp32"]),
     "too few images": ("lut_vitl16 --gpus 8 --gpu h100 --images 100", ["--images", "4096"]),
+    "no rate": ("lut_vits16 --gpus 8 --gpu h100 --net fast", ["Gbit/s above 0", "fast"]),
+    "no folder": ("lut_vits16 --gpus 8 --gpu h100 --plot /nowhere/at/all.png", ["/nowhere/at/all.png"]),
+    "no picture": ("lut_vits16 --gpus 8 --gpu h100 --plot scaling.pdf", [".png", "scaling.pdf"]),
     "no measurement": ("lut_vitl16 --gpus 8 --gpu h100 --measured /nowhere.json", ["/nowhere.json"]),
 }
 

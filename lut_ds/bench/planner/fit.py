@@ -13,6 +13,7 @@ from lut_ds.engine.memory import Memory, memory
 from lut_ds.errors import UserError
 
 STAGES = (0, 1, 2, 3)
+MOST = 1 << 20  # images of a micro-batch
 CLOSE = 1.02  # a higher stage has to be faster than this to be worth it
 FIXABLE = ("train.deepspeed", "train.micro_batch", "train.activation_checkpointing")
 
@@ -85,15 +86,18 @@ class Fitter:
 
     def limit(self, stage: int, checkpointing: bool) -> int:
         """Images of the largest micro-batch that memory allows, whatever divides; 0 if none."""
-        one, two = self.way(stage, 1, checkpointing).memory, self.way(stage, 2, checkpointing).memory
-        low, high = 0, 1 << 20
-        if one.peak > self.usable or two.peak <= one.peak:
-            return 0 if one.peak > self.usable else high
-        while low < high:
-            middle = (low + high + 1) // 2
-            recipe, config = self._at(stage, checkpointing)
-            held = memory(recipe, config, self.cluster.gpus, middle, max(1, self.share // middle))
-            low, high = (middle, high) if held.peak <= self.usable else (low, middle - 1)
+        recipe, config = self._at(stage, checkpointing)
+
+        def enough(images: int) -> bool:
+            held = memory(recipe, config, self.cluster.gpus, images, max(1, self.share // images))
+            return held.peak <= self.usable
+
+        low, high = 0, 1
+        while enough(high) and high < MOST:
+            low, high = high, 2 * high
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if enough(middle) else (low, middle)
         return low
 
     def choices(self) -> Iterator[Way]:

@@ -22,6 +22,8 @@ from lut_ds.engine.ds_config import zero_stage
 from lut_ds.engine.memory import sizes
 from lut_ds.method.flops import forward_flops
 
+MOSTLY = 0.8  # share of a step that makes compute its limit
+
 
 @dataclass(frozen=True)
 class Cluster:
@@ -84,14 +86,13 @@ class StepTime:
         return self.compute + self.recompute + self.launch + self.network + self.optimizer
 
     def binding(self, images: int) -> str:
-        """What would shorten the step most if it were gone: compute, network, memory, or too few images a GPU."""
+        """Compute, if that is nearly all of the step; else what adds most to it: network, memory, too few images a GPU."""
         costs = {
-            "compute": self.compute,
             "network": self.network,
             "memory": self.recompute,
             f"global batch too small: {images} images a GPU": self.launch,
         }
-        return max(costs, key=lambda name: costs[name])
+        return "compute" if self.compute >= MOSTLY * self.total else max(costs, key=lambda name: costs[name])
 
 
 def step_time(
