@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lut_ds.config import Recipe
 from lut_ds.engine.build import build_student
-from lut_ds.engine.train import draws_per_sample
+from lut_ds.engine.reading import draws_per_sample
 
 
 def kept_bytes(recipe: Recipe, images: int) -> int:
