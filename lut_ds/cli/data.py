@@ -88,6 +88,15 @@ def show(args: argparse.Namespace) -> Answer:
     return shown, f"wrote {shown['image']}: {len(shown['samples'])} samples", DONE
 
 
+def shapes(args: argparse.Namespace) -> Answer:
+    """Write a small data set with classes: drawn shapes that no linear function of the pixels tells."""
+    from lut_ds.data.shapes import CLASSES, write_shapes
+
+    path = write_shapes(args.out, args.train, args.val, args.size, args.seed)
+    result = {"path": str(path), "train": args.train, "val": args.val, "classes": CLASSES}
+    return result, f"{path}: {args.train} training and {args.val} validation images of {len(CLASSES)} classes", DONE
+
+
 def scenes(args: argparse.Namespace) -> Answer:
     """Write a small data set for segmentation: drawn shapes on textured grounds, in ADE20K's folders."""
     from lut_ds.data.scenes import CLASSES, write_scenes
@@ -124,6 +133,7 @@ def add(commands: Commands) -> None:
     sub.add_argument("--out", type=Path, metavar="DIR", help="folder for histograms as PNG")
     _add_workers(sub)
     _add_scenes(group)
+    _add_shapes(group)
     sub = group.add(show)
     add_recipe(sub)
     sub.add_argument("-n", "--count", type=positive, default=16, help="samples (default: 16)")
@@ -137,6 +147,15 @@ def _add_scenes(group: Commands) -> None:
     sub.add_argument("--val", type=positive, default=60, metavar="N", help="validation scenes (default: 60)")
     sub.add_argument("--size", type=positive, default=64, metavar="PIXELS", help="shortest side (default: 64)")
     sub.add_argument("--seed", type=int, default=0, help="default: 0")
+
+
+def _add_shapes(group: Commands) -> None:
+    sub = group.add(shapes)
+    sub.add_argument("out", type=Path, help="folder to write")
+    sub.add_argument("--train", type=positive, default=4000, metavar="N", help="training images (default: 4000)")
+    sub.add_argument("--val", type=positive, default=1000, metavar="N", help="validation images (default: 1000)")
+    sub.add_argument("--size", type=positive, default=32, metavar="PIXELS", help="side (default: 32)")
+    sub.add_argument("--seed", type=_seed, default=0, help="default: 0")
 
 
 def _add_pack(group: Commands) -> None:
@@ -176,6 +195,12 @@ def _bytes(text: str) -> int:
 def _quality(text: str) -> int:
     if not text.isdecimal() or not 1 <= int(text) <= 100:
         raise argparse.ArgumentTypeError(f"expected a whole number from 1 to 100, found {text!r}")
+    return int(text)
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**64:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 0, found {text!r}")
     return int(text)
 
 
