@@ -115,7 +115,9 @@ class Method(Section):
     head_act: Literal["relu", "gelu"] = "relu"
     """Activation inside the heads."""
     ema_decay: Fraction = 0.996
-    """EMA decay at the first step; a half cosine takes it to 1 at the end of the run."""
+    """EMA decay at the first step; a half cosine takes it to `ema_decay_end` at the end of the run."""
+    ema_decay_end: Fraction = 1.0
+    """EMA decay at the end; with both 0 the teacher is the student of the step before, without an average."""
 
     @property
     def views(self) -> int:
@@ -167,8 +169,8 @@ class Data(ImageData):
     """Brightness, contrast, saturation and hue strengths of view 2."""
     jitter_prob: Fraction = 0.8
     """Probability of the colour jitter of view 2."""
-    photometric: bool = True
-    """Colour jitter and one of gray, solarize and blur on view 2."""
+    photometric: bool | Literal["both"] = True
+    """Colour jitter and one of gray, solarize and blur on view 2; `both`: on view 1 too, which is also what is reconstructed."""
 
 
 class AdamW(Section):
@@ -436,15 +438,20 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
 def load_sections(kind: type[S], name_or_path: str, overrides: Sequence[str], folder: Path) -> S:
     """As `load_recipe`, for any kind of recipe; `folder` holds those that are known by name."""
     path = find_recipe(name_or_path, folder)
-    try:
-        tree = yaml.load(path.read_text(), _UniqueKeys)  # noqa: S506 - a SafeLoader
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        raise UserError(f"recipe {path}: not readable as YAML: {' '.join(str(error).split())}") from error
+    tree = load_yaml(path, "recipe")
     if not isinstance(tree, dict):
         raise UserError(f"recipe {path}: expected a mapping of sections, found {type(tree).__name__}")
     for override in overrides:
         apply_override(tree, override)
     return parse_sections(kind, tree, str(path.name))
+
+
+def load_yaml(path: Path, what: str) -> Any:
+    """The content of a YAML file in which no key may be given twice; UserError, which calls it `what`, if it is not readable."""
+    try:
+        return yaml.load(path.read_text(), _UniqueKeys)  # noqa: S506 - a SafeLoader
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        raise UserError(f"{what} {path}: not readable as YAML: {' '.join(str(error).split())}") from error
 
 
 def find_recipe(name_or_path: str, folder: Path | None = None) -> Path:

@@ -23,7 +23,8 @@ def view_specs(recipe: Recipe) -> list[ViewSpec]:
     mild = ViewSpec("resize_crop", pad=data.crop_pad, hflip=data.hflip)
     brightness, contrast, saturation, hue = data.jitter
     photometric = Photometric(brightness, contrast, saturation, hue, p=data.jitter_prob) if data.photometric else None
-    return [mild, replace(mild, photometric=photometric)]
+    strong = replace(mild, photometric=photometric)
+    return [strong if data.photometric == "both" else mild, strong]
 
 
 def draws_per_sample(recipe: Recipe) -> int:

@@ -47,7 +47,7 @@ class Schedule:
 
     def __init__(self, recipe: Recipe, steps_per_epoch: int) -> None:
         self._optim, self._epochs, self._per_epoch = recipe.optim, recipe.train.epochs, steps_per_epoch
-        self._ema_base = recipe.method.ema_decay
+        self._ema = (recipe.method.ema_decay, recipe.method.ema_decay_end)
         self.peak = peak_lr(recipe.optim.blr, recipe.train.global_batch, recipe.optim.lr_rule)
         self.total_steps = steps_per_epoch * recipe.train.epochs
 
@@ -60,7 +60,7 @@ class Schedule:
 
         The reference reads the same cosine by micro-batch: at most one part in the number of steps further along.
         """
-        return ema_decay_at(step, self.total_steps, self._ema_base)
+        return ema_decay_at(step, self.total_steps, *self._ema)
 
 
 def pretrain(recipe: Recipe, recipe_name: str) -> Outcome:
