@@ -1,4 +1,4 @@
-"""Durations as Slurm writes them."""
+"""Durations as Slurm writes them, and for people."""
 
 import re
 
@@ -12,3 +12,10 @@ def seconds_of(duration: str) -> int | None:
         return None
     days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
     return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
+def in_words(seconds: float) -> str:
+    """`40 s`, `12 min` or `3.5 h`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -15,11 +15,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
-from lut_ds.cli import analysis, bench, data, evaluation, planning, robustness, segmentation, training
+from lut_ds.cli import analysis, bench, data, evaluation, planning, robustness, segmentation, sweep, training
 from lut_ds.cli.parser import BAD_INPUT, FAULT, Parser, add_commands
 from lut_ds.errors import RunFault, UserError
 
-GROUPS = (training, data, bench, evaluation, segmentation, planning, analysis, robustness)
+GROUPS = (training, sweep, data, bench, evaluation, segmentation, planning, analysis, robustness)
 INTERRUPTED = 130
 
 

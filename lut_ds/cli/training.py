@@ -48,7 +48,10 @@ def doctor(args: argparse.Namespace) -> Answer:
 
 
 def submit(args: argparse.Namespace) -> Answer:
-    """Write a Slurm batch script for a recipe, check it, and submit it."""
+    """Write a Slurm batch script for a recipe, or for all runs of a sweep, check it, and submit it."""
+    if args.sweep is not None and args.recipe is not None and "=" in args.recipe:
+        args.override.insert(0, args.recipe)  # a sweep's YAML file names its recipe: the first word is an override
+        args.recipe = None
     environment = dict(os.environ)
     os.environ["DS_ACCELERATOR"] = "cpu"  # of this process, which may be on a machine without a GPU; not of the job
     from lut_ds.engine.submit import Resources, submit
@@ -86,7 +89,10 @@ def add(commands: Commands) -> None:
 
 def _add_submit(commands: Commands) -> None:
     sub = commands.add(submit)
-    add_recipe(sub)
+    sub.add_argument(
+        "recipe", nargs="?", help="name of a shipped recipe, or a .yaml file; none with a sweep's YAML file"
+    )
+    add_overrides(sub)
     sub.add_argument("--dry-run", action="store_true", help="print the script; write and submit nothing")
     sub.add_argument("--nodes", type=positive, metavar="N", help="default 1")
     sub.add_argument("--gpus-per-node", type=int, metavar="N", help="default 8; 0 trains on CPUs")
@@ -103,7 +109,12 @@ def _add_submit(commands: Commands) -> None:
         "--setup", metavar="FILE", help="shell lines to run first: modules, NCCL settings (launch/network_*.sh)"
     )
     sub.add_argument("--data-on-nodes", action="store_true", help="data.path exists on the nodes only")
-    sub.add_argument("--sweep", metavar="FILE", help="a job array: a line of section.key=value words for each task")
+    sub.add_argument(
+        "--sweep",
+        metavar="FILE",
+        help="a job array: the YAML file of `lut-ds sweep`, whose table is made by that command afterwards (its --out is run.dir "
+        "here), or a line of section.key=value words for each task",
+    )
     sub.add_argument(
         "--sbatch", dest="extra", action="append", metavar="OPTION", help="one more option of sbatch; may be repeated"
     )

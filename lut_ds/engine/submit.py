@@ -16,6 +16,7 @@ from lut_ds.config import Recipe, load_recipe
 from lut_ds.engine.ds_config import load_ds_config
 from lut_ds.engine.runfolder import check_run_folder, run_folder
 from lut_ds.engine.step import check_batch_norm, split_batch
+from lut_ds.engine.sweepfile import read_sweep
 from lut_ds.errors import UserError
 
 LAUNCHERS = ("srun", "torchrun", "deepspeed", "deepspeed-slurm")
@@ -69,13 +70,14 @@ class Task:
     arguments: tuple[str, ...]
 
 
-def plan_tasks(recipe_name: str, overrides: list[str], sweep: str | None, wanted: Resources) -> list[Task]:
+def plan_tasks(recipe_name: str | None, overrides: list[str], sweep: str | None, wanted: Resources) -> list[Task]:
     """The runs of a job, each checked as far as it can be without its nodes.
 
     Args:
-        recipe_name, overrides: as for `lut-ds pretrain`.
+        recipe_name, overrides: as for `lut-ds pretrain`; a YAML sweep names its own recipe, and `run.dir` is its folder.
         sweep: file with a line of further overrides for each task of an array, `#` starts a comment; a line without a run.dir
-            trains into a folder of the line's number below the run folder.
+            trains into a folder of the line's number below the run folder. Or the YAML file of `lut-ds sweep`: a task for each
+            run, in the folders where `lut-ds sweep FILE --out DIR` looks for them.
         wanted: what is asked of Slurm.
 
     Raises:
@@ -84,6 +86,10 @@ def plan_tasks(recipe_name: str, overrides: list[str], sweep: str | None, wanted
     """
     if wanted.launcher not in LAUNCHERS:
         raise UserError(f"--launcher: expected one of {', '.join(LAUNCHERS)}, found {wanted.launcher!r}")
+    if sweep is not None and sweep.endswith((".yaml", ".yml")):
+        return _sweep_tasks(recipe_name, overrides, Path(sweep), wanted)
+    if recipe_name is None:
+        raise UserError("submit: expected a recipe, found none; name one, or a sweep's YAML file with --sweep")
     lines = [[]] if sweep is None else _sweep_lines(Path(sweep))
     tasks: list[Task] = []
     for index, line in enumerate(lines):
@@ -100,6 +106,20 @@ def plan_tasks(recipe_name: str, overrides: list[str], sweep: str | None, wanted
         kept = [word for word in own if not word.startswith("run.dir=")]
         tasks.append(Task(recipe, folder, ("pretrain", name, *kept, f"run.dir={folder}")))
     return tasks
+
+
+def _sweep_tasks(recipe_name: str | None, overrides: list[str], sweep: Path, wanted: Resources) -> list[Task]:
+    """A task for each run of a YAML sweep."""
+    if recipe_name is not None:
+        raise UserError(
+            f"submit: expected no recipe beside {sweep}, which names its own, found {recipe_name!r}; leave it out"
+        )
+    folder = next((word.removeprefix("run.dir=") for word in overrides if word.startswith("run.dir=")), None)
+    out = Path(folder or Path("runs") / sweep.stem).absolute()
+    entries = read_sweep(sweep, out, [word for word in overrides if not word.startswith("run.dir=")]).entries
+    for entry in entries:
+        _check(entry.recipe, entry.folder, wanted)
+    return [Task(entry.recipe, entry.folder, ("pretrain", *entry.words)) for entry in entries]
 
 
 def _sweep_lines(path: Path) -> list[list[str]]:
@@ -229,7 +249,7 @@ def _sbatch_value(key: str, value: object) -> str:
 
 
 def submit(
-    recipe_name: str,
+    recipe_name: str | None,
     overrides: list[str],
     wanted: Resources,
     environment: Mapping[str, str],
@@ -252,7 +272,7 @@ def submit(
         UserError: see `plan_tasks` and `render`; no sbatch here, or sbatch refused the script.
     """
     tasks = plan_tasks(recipe_name, overrides, sweep, wanted)
-    script = render(tasks, wanted, Path(recipe_name).stem)
+    script = render(tasks, wanted, Path(recipe_name or str(sweep)).stem)
     folders = [str(task.folder) for task in tasks]
     if dry_run:
         return {"job": None, "script": script, "folders": folders}, script.rstrip("\n")

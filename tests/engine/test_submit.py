@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from lut_ds.engine.submit import Resources, plan_tasks, render, submit
+from lut_ds.engine.sweepfile import read_sweep
 from lut_ds.errors import UserError
 from tests.engine.launching import ROOT
 from tests.engine.tiny import tiny_tree
@@ -153,6 +154,25 @@ def test_a_sweep_that_cannot_be(recipe: str, tmp_path: Path, lines: str, why: st
     (tmp_path / "sweep").write_text(lines)
     with pytest.raises(UserError, match=why):
         plan_tasks(recipe, [], str(tmp_path / "sweep"), Resources(gpus_per_node=4))
+
+
+def test_the_yaml_file_of_a_sweep_is_an_array_too(recipe: str, tmp_path: Path) -> None:
+    (tmp_path / "s.yaml").write_text(
+        yaml.safe_dump({"recipe": recipe, "seeds": [0, 5], "runs": {"a": {}, "b": {"method.w_bc": 1}}})
+    )
+    text = submit(
+        None, [f"run.dir={tmp_path}/out", "optim.blr=1e-3"], Resources(), os.environ, f"{tmp_path}/s.yaml", True
+    )[1]
+    assert options(text)["array"] == "0-3"
+    entries = read_sweep(tmp_path / "s.yaml", tmp_path / "out", ["optim.blr=1e-3"]).entries
+    for index, entry in enumerate(entries):
+        words = run_settings(text, 'printf "%s\\n" "${arguments[@]}"', SLURM_ARRAY_TASK_ID=str(index)).splitlines()
+        assert words == ["pretrain", *entry.words]
+        assert words[-1] == f"run.dir={tmp_path}/out/runs/{'ab'[index // 2]}/seed_{(0, 5)[index % 2]}"
+    with pytest.raises(UserError, match="names its own"):
+        plan_tasks(recipe, [], str(tmp_path / "s.yaml"), Resources())
+    with pytest.raises(UserError, match="expected a recipe, found none"):
+        plan_tasks(None, [], None, Resources())
 
 
 def test_a_folder_of_another_run_is_refused(recipe: str, tmp_path: Path) -> None:
