@@ -6,7 +6,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # Any Python 3.11 or 3.12; override with `make PYTHON=/path/to/python3.12 demo`.
 PYTHON ?= $(shell for p in python3.12 python3.11 python3; do "$$p" -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null && command -v "$$p" && break; done)
-WORKERS ?= 2
+# One more than the cores of a small machine: many tests wait for processes.
+WORKERS ?= 3
 
 .PHONY: help setup demo test lint test-fast lock clean
 

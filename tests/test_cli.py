@@ -109,6 +109,16 @@ def test_recipes_are_listed_with_their_heads() -> None:
     assert all(len(head) > 10 for head in listed.values())
 
 
+def test_a_reader_that_has_seen_enough_is_no_fault() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", "lut_ds", "recipes"], stdout=writer, stderr=subprocess.PIPE, text=True, check=False
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (DONE, "")
+
+
 def test_the_plan_of_vit_l_touches_nothing(digits: Path, tmp_path: Path) -> None:
     # Values may also follow an option; an accelerator that is not here does not matter to a plan.
     plan = result(

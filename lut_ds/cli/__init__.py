@@ -57,7 +57,7 @@ def _run(argv: Sequence[str] | None, rank: str) -> tuple[int, str]:
             os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
         result, text, code = args.function(args)
         if rank == "0":
-            print(json.dumps(result) if args.json else text, file=results, flush=True)
+            _show(json.dumps(result) if args.json else text, results)
         return int(code), str(result.get("stopped_by") or "")
     except UserError as error:
         if rank == "0" or error.this_rank:
@@ -76,6 +76,14 @@ def _run(argv: Sequence[str] | None, rank: str) -> tuple[int, str]:
     except KeyboardInterrupt:
         print("lut-ds: interrupted", file=sys.stderr)
         return INTERRUPTED, ""
+
+
+def _show(text: str, results: TextIO) -> None:
+    """Print a result; a reader that has seen enough, such as `head`, is no fault."""
+    try:
+        print(text, file=results, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), results.fileno())  # what is left is written when the process ends
 
 
 def _reserve_standard_output() -> TextIO:
