@@ -230,8 +230,8 @@ class Precision(Section):
 
     compute: Literal["fp32", "bf16"] = "bf16"
     """Student's weights and activations; masters, moments and EMA are fp32 always."""
-    teacher: Literal["fp32", "bf16"] = "bf16"
-    """Teacher's replica and activations."""
+    teacher: Literal["fp32", "bf16", "fp8"] = "bf16"
+    """Teacher's replica and activations; `fp8`: e4m3 in its blocks' linear layers, bf16 elsewhere (from Ada and Hopper on)."""
 
 
 class Run(Section):
@@ -363,6 +363,12 @@ class Recipe(Section):
             raise ValueError(
                 f"train.micro_batch {self.train.micro_batch} does not divide train.global_batch {self.train.global_batch}; "
                 "change one of them"
+            )
+        hidden = int(self.model.width * self.model.mlp_ratio)
+        if self.precision.teacher == "fp8" and (self.model.width % 16 or hidden % 16):
+            raise ValueError(
+                f"precision.teacher fp8 needs model.width and model.width*mlp_ratio divisible by 16, found {self.model.width} and "
+                f"{hidden}; change them, or use precision.teacher=bf16"
             )
         if self.optim.warmup_epochs >= self.train.epochs and self.optim.warmup_epochs > 0:
             raise ValueError(

@@ -1,7 +1,8 @@
 """Linear layers: the library's product, or oneDNN's where the library takes a slow one.
 
 On x86-64 processors that are not Intel's, torch hands fp32 products to MKL, which runs at half the speed of oneDNN there
-(AMD Zen 5, one core: about 97 against 215 GFLOP/s, `benchmarks/linear_cpu.json`); both come with torch.
+(AMD Zen 5, one core: about 97 against 215 GFLOP/s, `benchmarks/linear_cpu.json`); both come with torch. bf16 products are
+oneDNN's either way, but the library fills the result with the bias first and adds to it: a tenth slower than in one.
 """
 
 from __future__ import annotations
@@ -21,11 +22,15 @@ _SMALLEST = 1 << 22  # multiply-adds: below, a call through an operator of our o
 
 
 @cache
-def onednn_is_faster() -> bool:
-    """Whether this processor's fp32 products should go to oneDNN: where that was measured to be faster."""
-    if platform.machine() != "x86_64" or not (
-        torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()
+def onednn_is_faster(dtype: torch.dtype) -> bool:
+    """Whether this processor's products, fp32 or bf16, should go to oneDNN: where that was measured to be faster."""
+    if (
+        dtype not in (torch.float32, torch.bfloat16)
+        or platform.machine() != "x86_64"
+        or not (torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available())
     ):
+        return False
+    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return False
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
@@ -35,8 +40,8 @@ def onednn_is_faster() -> bool:
 
 def linear_side(device: torch.device | str, dtype: torch.dtype) -> str:
     """`onednn` or `torch`: what `linear` would run. LUT_KERNELS=torch forces the library."""
-    on_cpu = torch.device(device).type == "cpu" and dtype == torch.float32
-    return "onednn" if on_cpu and current_mode() != "torch" and onednn_is_faster() else "torch"
+    on_cpu = torch.device(device).type == "cpu"
+    return "onednn" if on_cpu and current_mode() != "torch" and onednn_is_faster(dtype) else "torch"
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -60,6 +65,10 @@ def _(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
+def _library(x: torch.Tensor, weight: torch.Tensor, bias: None) -> torch.Tensor:
+    return x @ weight.t()
+
+
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     x, weight, bias = inputs
     ctx.save_for_backward(x, weight)
@@ -70,10 +79,10 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     x, weight = ctx.saved_tensors
     rows = grad.reshape(-1, weight.shape[0])
     need_x, need_weight, need_bias = ctx.needs_input_grad
-    grad_x = torch.ops.lut_kernels.linear(rows, weight.t(), None).view(x.shape) if need_x else None
-    grad_weight = None
-    if need_weight:
-        grad_weight = torch.ops.lut_kernels.linear(rows.t(), x.reshape(-1, x.shape[-1]).t(), None)
+    # Without a bias the library's bf16 product is as fast, and faster of transposed inputs.
+    product = torch.ops.lut_kernels.linear if grad.dtype == torch.float32 else _library
+    grad_x = product(rows, weight.t(), None).view(x.shape) if need_x else None
+    grad_weight = product(rows.t(), x.reshape(-1, x.shape[-1]).t(), None) if need_weight else None
     return grad_x, grad_weight, rows.sum(0) if ctx.has_bias and need_bias else None
 
 

@@ -5,6 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+from lut_kernels.fp8 import CAPABILITY
+
 from lut_ds.bench.loader import choose_device
 from lut_ds.bench.machine import describe_machine
 from lut_ds.bench.peers import check_checkout
@@ -27,6 +30,7 @@ MODELS = {
 VARIANTS: dict[str, tuple[tuple[str, ...], str]] = {
     "fp32": (("precision.compute=fp32", "precision.teacher=fp32"), "auto"),
     "bf16": (("precision.compute=bf16", "precision.teacher=bf16"), "auto"),
+    "fp8 teacher": (("precision.compute=bf16", "precision.teacher=fp8"), "auto"),
     "eager": (("train.compile=false",), "auto"),
     "compiled": (("train.compile=true",), "auto"),
     "library kernels": ((), "torch"),
@@ -147,6 +151,8 @@ def make_tasks(recipe: Recipe, options: Options, device: str) -> tuple[dict[str,
     for name, (overrides, kernels) in VARIANTS.items() if options.variants else ():
         if kernels == "triton" and device == "cpu":
             left_out[name] = "Triton needs a GPU"
+        elif "fp8" in name and (device == "cpu" or torch.cuda.get_device_capability() < CAPABILITY):
+            left_out[name] = "no fp8 tensor cores here"
         elif "half" in name and options.batch % 2:
             left_out[name] = "the batch is odd"
         else:

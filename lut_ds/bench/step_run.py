@@ -19,11 +19,13 @@ from lut_ds.bench.expert import Expert
 from lut_ds.bench.peers import time_peer
 from lut_ds.bench.rounds import Figures
 from lut_ds.config import Recipe, parse_recipe
+from lut_ds.engine.hostmemory import keep_freed_memory
 from lut_ds.engine.launch import Ranks, discover_ranks, process_group
 from lut_ds.engine.reading import draws_per_sample
 from lut_ds.engine.step import Trainer
 from lut_ds.method.lut import IMAGENET_MEAN, IMAGENET_STD
 
+OUT_OF_MEMORY = "out_of_memory"
 _SETS = 4  # inputs in rotation, so that no cache answers for the memory
 
 
@@ -40,6 +42,7 @@ class Task:
         breakdown: also time the parts of ours, in steps of their own.
         trace: file for a torch profiler trace of two steps of ours, opened in a browser at ui.perfetto.dev.
         checkout: folder of a published implementation.
+        memory: bytes that may be taken, of the GPU's or else of the process's own; with it running out is a result.
     """
 
     side: str
@@ -51,6 +54,7 @@ class Task:
     breakdown: bool = False
     trace: str | None = None
     checkout: str | None = None
+    memory: float | None = None
 
 
 @dataclass
@@ -112,6 +116,8 @@ def measure(task: Task) -> Figures:
 
 
 def _measure_ours(task: Task, recipe: Recipe, ranks: Ranks) -> Figures:
+    if ranks.device.type == "cpu":
+        keep_freed_memory()  # as every run of ours begins
     batch = recipe.train.global_batch // ranks.world_size
     micro = recipe.train.micro_batch or batch
     trainer = Trainer(recipe, ranks, micro, batch // micro)
@@ -193,10 +199,27 @@ def _trace(step: Callable[[], Tensor], file: Path, ranks: Ranks) -> None:
         profile.export_chrome_trace(str(file))
 
 
+def measure_within(task: Task) -> Figures:
+    """As `measure`, with no more than `task.memory`; {"out_of_memory": 1.0} when that does not suffice."""
+    assert task.memory is not None
+    if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
+        torch.cuda.set_per_process_memory_fraction(min(1.0, task.memory / torch.cuda.mem_get_info()[1]))
+    else:
+        resource.setrlimit(resource.RLIMIT_DATA, (int(task.memory), resource.getrlimit(resource.RLIMIT_DATA)[1]))
+    try:
+        return measure(task)
+    except (torch.OutOfMemoryError, MemoryError):
+        return {OUT_OF_MEMORY: 1.0}
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):  # torch's allocator on CPUs has no class of its own for it
+            raise
+        return {OUT_OF_MEMORY: 1.0}
+
+
 def main() -> None:
     """Read a task from standard input, measure, print the result as the last line of standard output."""
-    figures = measure(Task(**json.load(sys.stdin)))
-    print(json.dumps(figures), flush=True)
+    task = Task(**json.load(sys.stdin))
+    print(json.dumps(measure(task) if task.memory is None else measure_within(task)), flush=True)
 
 
 if __name__ == "__main__":

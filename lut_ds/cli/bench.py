@@ -3,6 +3,7 @@
 import argparse
 
 from lut_ds.cli.parser import DONE, Answer, Commands, add_overrides, add_recipe, positive
+from lut_ds.errors import UserError
 
 
 def loader(args: argparse.Namespace) -> Answer:
@@ -44,7 +45,17 @@ def step(args: argparse.Namespace) -> Answer:
         **{key: value for key, value in given.items() if value is not None},
     )
     precision = [f"precision.{key}={args.precision}" for key in ("compute", "teacher")] if args.precision else []
-    report = bench_step(step_recipe(name, args.model, [*precision, *words], args.batch), options)
+    recipe = step_recipe(name, args.model, [*precision, *words], args.batch)
+    if args.memory is not None and not args.tune:
+        raise UserError("bench step --memory: only --tune has a limit; add --tune, or leave --memory out")
+    if args.tune and (args.peers or args.variants or args.trace or peers):
+        raise UserError("bench step --tune: measures ours alone; leave out --peers, --peer-*, --variants and --trace")
+    if args.tune:
+        from lut_ds.bench.step_tune import describe_step_tuning, tune_step
+
+        tuned = tune_step(recipe, options, args.memory)
+        return tuned, describe_step_tuning(tuned), DONE
+    report = bench_step(recipe, options)
     return report, describe_step_bench(report), DONE
 
 
@@ -79,12 +90,29 @@ def add_step(group: Commands) -> None:
     sub.add_argument("--threads", type=positive, help="torch threads on a CPU, for every side")
     sub.add_argument("--device", default="auto", help="auto, cpu or cuda")
     sub.add_argument("--variants", action="store_true", help="also precision, compile, kernels, ZeRO stages and more")
+    sub.add_argument(
+        "--tune", action="store_true", help="find the fastest micro-batch, and settings to paste; ours alone"
+    )
+    sub.add_argument(
+        "--memory", type=_gib, metavar="GIB", help="with --tune: what a trial may take, default all that is free"
+    )
     sub.add_argument("--peers", action="store_true", help="also a plain-PyTorch baseline, and the --peer-* given")
     sub.add_argument("--peer-lut", metavar="DIR", help="checkout of the published LUT code")
     sub.add_argument("--peer-mae", metavar="DIR", help="checkout of the published MAE code")
     sub.add_argument(
         "--trace", metavar="FILE", help="write a profiler trace (JSON) of two steps; open in ui.perfetto.dev"
     )
+
+
+def _gib(text: str) -> float:
+    """A size above 0, for argparse."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1e6:
+        raise argparse.ArgumentTypeError(f"expected GiB above 0, found {text!r}")
+    return value
 
 
 def _milliseconds(text: str) -> float:

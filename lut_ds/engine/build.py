@@ -3,13 +3,16 @@
 import copy
 
 import torch
+from lut_kernels.fp8 import CAPABILITY
 from torch import nn
 
 from lut_ds.config import Recipe
+from lut_ds.errors import UserError
 from lut_ds.method.decoder import Decoder
 from lut_ds.method.degradations import make_degradation
 from lut_ds.method.encoder import Encoder
 from lut_ds.method.flops import Shape
+from lut_ds.method.fp8 import use_fp8_linear
 from lut_ds.method.heads import make_head
 from lut_ds.method.lut import LUT, MAE, Teacher
 from lut_ds.method.masking import keep_count
@@ -50,14 +53,35 @@ def build_student(recipe: Recipe) -> MAE:
 
 
 def build_teacher(recipe: Recipe, student: MAE, device: torch.device) -> Teacher | None:
-    """A copy of the student's encoder and projector; weights in the teacher's dtype, buffers in fp32. None for MAE."""
+    """A copy of the student's encoder and projector; weights in the teacher's dtype, buffers in fp32. None for MAE.
+
+    With `precision.teacher=fp8` the linear layers of the blocks, which are nearly all of its work, are fp8, the rest is bf16.
+    """
     if not isinstance(student, LUT):
         return None
     teacher = Teacher(copy.deepcopy(student.encoder), copy.deepcopy(student.projector)).to(device)
-    dtype = torch.bfloat16 if recipe.precision.teacher == "bf16" else torch.float32
+    dtype = torch.float32 if recipe.precision.teacher == "fp32" else torch.bfloat16
     for parameter in teacher.parameters():
         parameter.data = parameter.data.to(dtype)
+    if recipe.precision.teacher == "fp8":
+        use_fp8_linear(teacher.encoder.blocks)
     return teacher
+
+
+def check_fp8(recipe: Recipe, device: torch.device) -> None:
+    """Refuse an fp8 teacher on a GPU without fp8 tensor cores; on CPUs the same values are computed slowly.
+
+    Raises:
+        UserError: what was found, and what to set instead.
+    """
+    if recipe.precision.teacher != "fp8" or device.type != "cuda":
+        return
+    found = torch.cuda.get_device_capability(device)
+    if found < CAPABILITY:
+        raise UserError(
+            f"precision.teacher: fp8 needs a GPU of compute capability {CAPABILITY[0]}.{CAPABILITY[1]} or later (Ada, Hopper, "
+            f"Blackwell), found {torch.cuda.get_device_name(device)} with {found[0]}.{found[1]}; use precision.teacher=bf16"
+        )
 
 
 def compile_blocks(*modules: nn.Module | None) -> None:

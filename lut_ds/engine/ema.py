@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lut_ds.engine.shards import MasterShards
+from lut_ds.method.fp8 import Fp8Linear
 
 
 @torch.no_grad()
@@ -29,7 +30,8 @@ class WeightEMA:
     """Exponential moving average of the student's whole state, sharded like the optimizer.
 
     Every rank averages only the fp32 masters it owns; `refresh` gathers them, in the teacher's dtype, into the teacher's
-    encoder and projector. Float and integer buffers (batch norm) are averaged on every rank; they are equal everywhere.
+    encoder and projector, and rounds them once more where it computes in fp8. Float and integer buffers (batch norm) are
+    averaged on every rank; they are equal everywhere.
 
     Args:
         shards: this rank's masters.
@@ -40,8 +42,9 @@ class WeightEMA:
     def __init__(self, shards: MasterShards, student: nn.Module, teacher: nn.Module) -> None:
         self.shards = shards
         self.flats = [flat.detach().clone() for flat in shards.flats]
-        self._teacher = dict(teacher.named_parameters())
-        self._dtype = next(iter(self._teacher.values())).dtype
+        self._fp8 = {f"{name}.weight": m for name, m in teacher.named_modules() if isinstance(m, Fp8Linear)}
+        self._plain = {name: p for name, p in teacher.named_parameters() if name not in self._fp8}
+        self._dtype = next(iter(self._plain.values())).dtype
         own = dict(teacher.named_buffers())
         self._student_buffers = {name: b for name, b in student.named_buffers() if "pos_embed" not in name}
         # The teacher's own buffer tensors where it has them; the predictor's are averaged on their own.
@@ -67,5 +70,7 @@ class WeightEMA:
     @torch.no_grad()
     def refresh(self) -> None:
         """Gather the averages into the teacher's weights; a collective."""
-        whole = self.shards.assemble(self.flats, self._dtype, set(self._teacher))
-        torch._foreach_copy_(list(self._teacher.values()), [whole[name] for name in self._teacher])
+        whole = self.shards.assemble(self.flats, self._dtype, {*self._plain, *self._fp8})
+        torch._foreach_copy_(list(self._plain.values()), [whole[name] for name in self._plain])
+        for name, layer in self._fp8.items():
+            layer.load_weight(whole[name])

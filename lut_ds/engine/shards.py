@@ -99,14 +99,27 @@ class MasterShards:
         return gathered.view(world, -1)
 
     def assemble(self, values: list[Tensor], dtype: torch.dtype, names: set[str] | None = None) -> dict[str, Tensor]:
-        """Whole parameters [shape] in `dtype` from every rank's flat `values`; a collective for sharded stages."""
+        """Whole parameters [shape] in `dtype` from every rank's flat `values`; a collective for sharded stages.
+
+        Flat tensors without any of `names` are not gathered; None takes all.
+        """
         whole: dict[str, Tensor] = {}
         for index, flat_values in enumerate(values):
+            if names is not None and names.isdisjoint(self._members(index)):
+                continue
             gathered = self.gather(index, flat_values, dtype)
             for name, parts in self._locate(index, gathered):
                 if names is None or name in names:
                     whole[name] = parts.view(self.shapes[name])
         return whole
+
+    def _members(self, flat: int) -> list[str]:
+        """Parameters in a flat tensor, whichever rank owns them."""
+        if self.stage == 0:
+            return [self.fragments[flat].name]
+        optimizer = self._engine.optimizer
+        groups = optimizer.fp16_groups if self.stage == 3 else optimizer.bit16_groups
+        return [self._names[id(p)] for p in groups[flat]]
 
     def _locate(self, flat: int, gathered: Tensor) -> list[tuple[str, Tensor]]:
         """(name, flattened whole parameter) for every parameter of a gathered flat tensor; views where possible."""

@@ -63,7 +63,11 @@ def pretraining(recipe: Recipe, device: torch.device) -> Learner:
     student = build_student(recipe).to(device)
     teacher = build_teacher(recipe, student, device)
     names = ("loss", "mae", "bc", "feature_spread") if teacher is not None else ("loss", "mae", "feature_spread")
-    return Learner(student, teacher, names, parameter_groups(student.named_parameters(), recipe.optim.weight_decay))
+    # Groups of their own for what the teacher has: only their averages have to be gathered.
+    shared = set(dict(teacher.named_parameters())) if teacher is not None else set()
+    parts = [[(n, p) for n, p in student.named_parameters() if (n in shared) is wanted] for wanted in (True, False)]
+    groups = [group for part in parts for group in parameter_groups(part, recipe.optim.weight_decay)]
+    return Learner(student, teacher, names, groups)
 
 
 class Trainer:

@@ -16,7 +16,8 @@ from lut_ds.config import Recipe, RunRecipe
 from lut_ds.data.loader import Batch, StepLoader
 from lut_ds.data.sources import Source
 from lut_ds.engine.badsamples import BadSampleWatch
-from lut_ds.engine.build import flops_shape
+from lut_ds.engine.build import check_fp8, flops_shape
+from lut_ds.engine.hostmemory import keep_freed_memory
 from lut_ds.engine.launch import Ranks, discover_ranks, process_group, rank_cores
 from lut_ds.engine.reading import make_loader, open_source
 from lut_ds.engine.runfolder import open_run_folder, run_folder
@@ -71,6 +72,7 @@ def pretrain(recipe: Recipe, recipe_name: str) -> Outcome:
         RunFault: disk full, too much unreadable data, or too many bad steps; the last good checkpoint is intact.
     """
     ranks = discover_ranks()
+    check_fp8(recipe, ranks.device)
     set_up_process(recipe, ranks)
     micro_batch, accumulation = split_batch(recipe.train.global_batch, recipe.train.micro_batch, ranks.world_size)
     check_batch_norm(recipe, micro_batch * ranks.world_size)
@@ -165,8 +167,9 @@ def _batches(loader: StepLoader, watch: Watch, start: int, stop: int) -> Generat
 
 
 def set_up_process(recipe: RunRecipe, ranks: Ranks) -> None:
-    """Threads and determinism of this process: on CPUs, and with `run.deterministic`, the same seed gives the same bits."""
+    """Memory, threads and determinism of this process: on CPUs, and with `run.deterministic`, the same seed gives the same bits."""
     if ranks.device.type == "cpu":
+        keep_freed_memory()
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(rank_cores())
     else:

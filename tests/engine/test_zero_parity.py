@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from lut_kernels.fp8 import quantise_rows
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -28,6 +29,9 @@ def cases(world_size: int) -> dict[str, dict]:
         tree = tiny_tree(deepspeed=f"zero{stage}", micro_batch=micro)
         tree["precision"] = {"compute": "bf16", "teacher": "bf16"}
         trees[f"bf16_zero{stage}"] = tree
+    for stage, compute in ((2, "bf16"), (3, "fp32")):
+        trees[f"fp8_zero{stage}"] = tiny_tree(deepspeed=f"zero{stage}", micro_batch=micro)
+        trees[f"fp8_zero{stage}"]["precision"] = {"compute": compute, "teacher": "fp8"}
     for name in ("fp32_zero3", "bf16_zero3", "checkpointing_zero3"):
         # Nothing is small enough to stay gathered: every weight is fetched and released.
         tree = trees.setdefault(name, tiny_tree(deepspeed="zero3", micro_batch=micro, activation_checkpointing=True))
@@ -132,6 +136,19 @@ def test_bf16_follows_fp32_with_fp32_masters(trained: dict, plain: dict, stage: 
     assert all(m.dtype == torch.float32 for m in masters)
     # Updates finer than bf16 resolves are kept: masters are not on the bf16 grid.
     assert sum((m != m.bfloat16().float()).sum().item() for m in masters) > 0.5 * sum(m.numel() for m in masters)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_fp8_teacher_is_the_fp32_average_rounded(trained: dict, plain: dict, stage: int) -> None:
+    found, expected = trained[f"fp8_zero{stage}"], plain["fp32_zero0"]["losses"]
+    losses = found["metrics"][:, 0].double()
+    assert (losses - expected).abs().div(expected).max() <= 3e-2
+    fp8 = [n for n in found if n.startswith("teacher.") and found[n].dtype == torch.float8_e4m3fn]
+    assert len(fp8) == 2 * 4  # blocks x (qkv, proj, fc1, fc2); projector, norms and embedding are bf16
+    for name in (n for n in found if n.startswith("teacher.") and "pos_embed" not in n):
+        average = found["ema." + name.removeprefix("teacher.")]
+        narrow = average.bfloat16() if average.is_floating_point() and "running" not in name else average
+        assert torch.equal(found[name].float(), (quantise_rows(narrow)[0] if name in fp8 else narrow).float()), name
 
 
 def test_learning_happens(plain: dict) -> None:

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture
 def onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a processor where oneDNN wins, for products of any size."""
-    monkeypatch.setattr(module, "onednn_is_faster", lambda: True)
+    monkeypatch.setattr(module, "onednn_is_faster", lambda dtype: dtype in (torch.float32, torch.bfloat16))
     monkeypatch.setattr(module, "_SMALLEST", 0)
 
 
@@ -52,7 +52,7 @@ def test_values_and_gradients_are_the_librarys(lead: list[int], k: int, n: int, 
 @pytest.mark.usefixtures("onednn")
 def test_takes_what_it_is_for_and_leaves_the_rest() -> None:
     assert linear_side("cpu", torch.float32) == "onednn"
-    assert linear_side("cpu", torch.bfloat16) == linear_side("cpu", torch.float64) == "torch"
+    assert linear_side("cpu", torch.float64) == "torch"
     assert linear_side("cuda", torch.float32) == "torch"
     with kernels_mode("torch"):
         assert linear_side("cpu", torch.float32) == "torch"
@@ -81,7 +81,7 @@ def test_is_an_operator_that_compiles() -> None:
 
 
 def test_small_products_stay_with_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "onednn_is_faster", lambda: True)
+    monkeypatch.setattr(module, "onednn_is_faster", lambda dtype: dtype in (torch.float32, torch.bfloat16))
     seen = []
     monkeypatch.setattr(module.F, "linear", lambda *inputs: seen.append(inputs))
     linear(torch.randn(8, 16), torch.randn(4, 16))
