@@ -9,11 +9,12 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3; do "$$p" -c 'import sy
 # One more than the cores of a small machine: many tests wait for processes.
 WORKERS ?= 3
 
-.PHONY: help setup demo test lint test-fast lock clean
+.PHONY: help setup demo test lint test-fast bench-guard lock clean
 
 help:
 	@echo "make demo    set up, pre-train a small LUT on handwritten digits, report to runs/demo/report.html (minutes)"
 	@echo "make test    set up, lint, type check, all tests"
+	@echo "make bench-guard  whether a training step costs more CPU time than when benchmarks/step_guard.json was committed"
 	@echo "make lock    re-resolve requirements.lock (needs uv)"
 
 setup: $(READY)
@@ -41,6 +42,9 @@ test-fast: setup
 lint: setup
 	@echo "lint: ruff and mypy"
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+bench-guard: setup
+	@$(BIN)/python benchmarks/step_guard.py
 
 lock:
 	uv pip compile pyproject.toml --extra cuda13 --extra dev --universal --python-version 3.11 --generate-hashes \

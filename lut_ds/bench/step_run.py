@@ -42,7 +42,7 @@ class Task:
         breakdown: also time the parts of ours, in steps of their own.
         trace: file for a torch profiler trace of two steps of ours, opened in a browser at ui.perfetto.dev.
         checkout: folder of a published implementation.
-        memory: bytes that may be taken, of the GPU's or else of the process's own; with it running out is a result.
+        memory: bytes that ours may take, of the GPU's or else of the machine's memory; with it, running out is a result.
     """
 
     side: str
@@ -118,6 +118,8 @@ def measure(task: Task) -> Figures:
 def _measure_ours(task: Task, recipe: Recipe, ranks: Ranks) -> Figures:
     if ranks.device.type == "cpu":
         keep_freed_memory()  # as every run of ours begins
+    if task.memory is not None:
+        _limit_memory(task.memory, ranks.device)
     batch = recipe.train.global_batch // ranks.world_size
     micro = recipe.train.micro_batch or batch
     trainer = Trainer(recipe, ranks, micro, batch // micro)
@@ -200,12 +202,7 @@ def _trace(step: Callable[[], Tensor], file: Path, ranks: Ranks) -> None:
 
 
 def measure_within(task: Task) -> Figures:
-    """As `measure`, with no more than `task.memory`; {"out_of_memory": 1.0} when that does not suffice."""
-    assert task.memory is not None
-    if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
-        torch.cuda.set_per_process_memory_fraction(min(1.0, task.memory / torch.cuda.mem_get_info()[1]))
-    else:
-        resource.setrlimit(resource.RLIMIT_DATA, (int(task.memory), resource.getrlimit(resource.RLIMIT_DATA)[1]))
+    """As `measure`; {"out_of_memory": 1.0} when `task.memory` does not suffice."""
     try:
         return measure(task)
     except (torch.OutOfMemoryError, MemoryError):
@@ -214,6 +211,20 @@ def measure_within(task: Task) -> Figures:
         if "can't allocate memory" not in str(error):  # torch's allocator on CPUs has no class of its own for it
             raise
         return {OUT_OF_MEMORY: 1.0}
+
+
+def _limit_memory(size: float, device: torch.device) -> None:
+    """Let this process take `size` more bytes, of the GPU's or else of the machine's memory.
+
+    Only once threads and libraries are there: some of them wait for ever for a thread that there is no memory for.
+    """
+    if device.type == "cuda":
+        torch.cuda.set_per_process_memory_fraction(min(1.0, size / torch.cuda.mem_get_info(device)[1]), device)
+        return
+    torch.ones(1 << 20).sqrt_()  # starts torch's threads
+    status = Path("/proc/self/status").read_text().splitlines()
+    now = 1024 * int(next(line.split()[1] for line in status if line.startswith("VmData")))
+    resource.setrlimit(resource.RLIMIT_DATA, (now + int(size), resource.getrlimit(resource.RLIMIT_DATA)[1]))
 
 
 def main() -> None:

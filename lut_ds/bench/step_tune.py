@@ -38,7 +38,7 @@ def tune_step(
 
     Args:
         recipe: its global batch is `options.batch`, what this rank sees in a step.
-        memory_gib: what a trial may take; default: the GPU's, or without one 80 % of what is free.
+        memory_gib: what a trial may take beside the program itself; default: the GPU's, or without one 80 % of what is free.
         run: measures a task; a process for each by default.
 
     Returns:
