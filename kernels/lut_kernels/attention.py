@@ -22,20 +22,14 @@ LIBRARY = {
 
 def _unpack(qkv: torch.Tensor, num_heads: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Views q, k, v [B, H, N, d] of packed qkv."""
-    q, k, v = _apart(qkv, num_heads).unbind(0)
+    q, k, v = qkv.unflatten(2, (3, num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
     return q, k, v
-
-
-def _apart(qkv: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """View [3, B, H, N, d] of packed qkv."""
-    return qkv.unflatten(2, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
 
 
 def library_attention(qkv: torch.Tensor, num_heads: int, use: str) -> torch.Tensor:
     """The library side: one of `cudnn`, `flash`, `efficient`, `sdpa`, `plain`, as `choice` names them."""
     q, k, v = _unpack(qkv, num_heads)
     if use == "plain":
-        q, k, v = _apart(qkv, num_heads).contiguous().unbind(0)  # one copy: the products would make three
         with torch.autocast(qkv.device.type, enabled=False):  # autocast would widen the softmax and narrow it again
             weight = torch.softmax((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2), dim=-1)
             return (weight @ v).transpose(1, 2).flatten(2)

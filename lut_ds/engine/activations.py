@@ -13,7 +13,7 @@ from lut_kernels.dispatch import choice
 from lut_ds.config import Recipe
 from lut_ds.engine.build import flops_shape
 
-SIZES = {"fp32": 4, "bf16": 2}
+SIZES = {"fp32": 4, "bf16": 2, "fp8": 2}  # what passes from layer to layer beside fp8 products is bf16
 INDEX = 8  # int64
 
 

@@ -6,7 +6,7 @@ the tensors of real runs by `tests/engine/test_memory.py`. What the framework it
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,13 +30,17 @@ class Sizes:
 
     Attributes:
         groups: of every trainable parameter, by optimizer group.
+        gathered: how many of the groups, the first ones, hold what the teacher has.
         teacher: the teacher's weights (0 without one).
+        products: those of them that are weights of linear layers in its blocks.
         buffers: position tables and running statistics.
         batch_norms: hidden widths of the heads' batch norms.
     """
 
     groups: tuple[tuple[int, ...], ...]
+    gathered: int
     teacher: int
+    products: int
     buffers: int
     batch_norms: tuple[int, ...]
 
@@ -44,6 +48,11 @@ class Sizes:
     def parameters(self) -> int:
         """P, trainable parameters."""
         return sum(map(sum, self.groups))
+
+    @property
+    def averaged(self) -> "Sizes":
+        """Of the groups alone whose averages are gathered for the teacher."""
+        return replace(self, groups=self.groups[: self.gathered])
 
     def flat(self, world_size: int) -> int:
         """Elements of the flat groups of stages 1 and 2, padded to whole shards."""
@@ -110,14 +119,18 @@ def fetched_weights(recipe: Recipe, zero: Mapping[str, Any]) -> Fetched:
 @functools.lru_cache(maxsize=64)
 def _sizes(recipe: str) -> Sizes:
     student = _skeleton(Recipe.model_validate_json(recipe))
-    groups: dict[bool, list[int]] = {True: [], False: []}
-    for name, parameter in student.named_parameters():
-        groups[decays(name, parameter)].append(parameter.numel())
     teacher: list[nn.Module] = [student.encoder, student.projector] if isinstance(student, LUT) else []
+    shared = {id(p) for part in teacher for p in part.parameters()}
+    groups: dict[tuple[bool, bool], list[int]] = {(s, d): [] for s in (True, False) for d in (True, False)}
+    for name, parameter in student.named_parameters():
+        groups[id(parameter) in shared, decays(name, parameter)].append(parameter.numel())
+    linears = [m for part in teacher[:1] for m in part.blocks.modules() if isinstance(m, nn.Linear)]
     norms = [m.num_features for m in student.modules() if isinstance(m, nn.BatchNorm1d)]
     return Sizes(
         tuple(tuple(group) for group in groups.values() if group),
+        sum(bool(group) for (is_shared, _), group in groups.items() if is_shared),
         sum(p.numel() for part in teacher for p in part.parameters()),
+        sum(layer.weight.numel() for layer in linears),
         sum(b.numel() for part in (student, *teacher) for b in part.buffers()),
         tuple(norms),
     )
@@ -162,12 +175,13 @@ def memory(
     )
     shard = whole / world_size if stage > 0 else whole
     small = sum(n for group in count.groups for n in group if persistent(n, zero))
+    fp8 = recipe.precision.teacher == "fp8"
     states = {
         "weights": (shard + small if stage == 3 else whole) * e,
         "masters": 4.0 * shard if stage > 0 else 0.0,
         "moments": 8.0 * shard,
         "ema": 4.0 * shard if count.teacher else 0.0,
-        "teacher": float(count.teacher * SIZES[recipe.precision.teacher]),
+        "teacher": float(count.teacher * SIZES[recipe.precision.teacher] - fp8 * count.products),
         "buffers": 4.0 * count.buffers + (_bucket(zero) * e if stage == 3 else 0.0),
         "inputs": passing.inputs,
     }
@@ -213,9 +227,11 @@ def _step(
     refresh = 0.0
     if count.teacher:
         copied = teacher < 4 or stage > 0
-        refresh = (
-            (whole + (shard if stage > 0 else 0)) * teacher if copied and world_size > 1 else copied * whole * teacher
+        gathered = {0: count.averaged.parameters, 3: count.averaged.partitions(world_size)}.get(
+            stage, count.averaged.flat(world_size)
         )
+        own = gathered / world_size if stage > 0 and world_size > 1 else 0
+        refresh = copied * (gathered + own) * teacher
     return {
         "gradients": stays + (update if update >= refresh else 0.0),
         "refresh": refresh if refresh > update else 0.0,

@@ -52,9 +52,10 @@ def traffic(recipe: Recipe, config: Mapping[str, Any], world_size: int, accumula
     found |= _weights(recipe, zero, stage, world_size, accumulation)
     count = sizes(recipe)
     if count.teacher and stage > 0:
-        whole = count.partitions(world_size) if stage == 3 else count.flat(world_size)
-        payload = whole * SIZES[recipe.precision.teacher]
-        found["teacher refresh"] = Collective("all_gather", payload, len(count.groups), "step")
+        averaged = count.averaged
+        whole = averaged.partitions(world_size) if stage == 3 else averaged.flat(world_size)
+        payload = float(whole * SIZES[recipe.precision.teacher])
+        found["teacher refresh"] = Collective("all_gather", payload, count.gathered, "step")
     if count.batch_norms:
         # A mean and a variance a view, forward and again for their gradients.
         exchanges = 4 * recipe.method.views * accumulation
