@@ -8,10 +8,14 @@ from lut_ds.cli.parser import DONE, STOPPED, Answer, Commands, Parser, add_overr
 
 
 def export(args: argparse.Namespace) -> Answer:
-    """Write the encoder as a timm checkpoint."""
-    from lut_ds.transfer.export import export_timm
+    """Write the encoder for timm, for transformers, or as a program, with a model card."""
+    from lut_ds.transfer.interchange import export
 
-    result = export_timm(args.source, "ema" if args.ema else "student", args.output, args.heads)
+    result = export(args.source, "ema" if args.ema else "student", args.output, args.format, args.heads)
+    if args.format != "timm":
+        told = result.get("difference")
+        checked = "" if told is None else f"; run from the file, it differs by {told:.1e} of the largest value"
+        return result, f"wrote {', '.join(result['files'])}{checked}", DONE
     if result["step"] is not None:
         return result, f"wrote {result['weights']} ({result['kind']} of step {result['step']})", DONE
     left = ", ".join(f"{part} ({count} tensors)" for part, count in result["left_out"].items()) or "nothing"
@@ -156,6 +160,12 @@ def add(commands: Commands) -> None:
     _add_probe(commands)
     sub = commands.add(export)
     sub.add_argument("source", help="run folder, checkpoint folder, or a .pth file of the published LUT or MAE code")
+    sub.add_argument(
+        "--format",
+        choices=("timm", "hf", "torch-export", "onnx", "torchscript"),
+        default="timm",
+        help="timm (default); hf: a ViTModel of transformers; or a program (these take any encoder that `lut-ds knn` does)",
+    )
     which = sub.add_mutually_exclusive_group()
     which.add_argument("--ema", action="store_true", default=True, help="the EMA teacher's weights (default)")
     which.add_argument("--student", dest="ema", action="store_false", help="the student's weights")

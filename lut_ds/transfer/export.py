@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,16 @@ from lut_ds.method.pixels import IMAGENET_MEAN, IMAGENET_STD
 from lut_ds.transfer.load import Kind, find_checkpoint, load_encoder
 from lut_ds.transfer.published import read_published
 
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
+WEIGHTS, CONFIG, CARD, PREPROCESSOR = "model.safetensors", "config.json", "README.md", "preprocessor_config.json"
+PROGRAMS = {"torch-export": "encoder.pt2", "onnx": "encoder.onnx", "torchscript": "encoder.torchscript.pt"}
+FILES = {
+    WEIGHTS,
+    CONFIG,
+    CARD,
+    PREPROCESSOR,
+    *PROGRAMS.values(),
+    "encoder.onnx.data",
+}  # all that an export of any format writes
 # timm's name: patch side, width, depth, heads. All have mlp_ratio 4 and 224 pixels.
 ARCHITECTURES = {
     "vit_small_patch16_224": (16, 384, 12, 6),
@@ -111,7 +120,7 @@ def export_timm(source: str | Path, kind: Kind, output: str | Path, heads: int |
     """
     origin = _published(source, kind, heads) if Path(source).is_file() else _trained(source, kind)
     folder = Path(output).absolute()
-    _check_output(folder)
+    check_output(folder)
     architecture, model_args = timm_architecture(origin.model)
     write_timm(folder, {**timm_config(origin.model), "lut_ds": origin.about}, origin.encoder.state_dict())
     weights = folder / WEIGHTS
@@ -141,7 +150,21 @@ def _published(source: str | Path, kind: Kind, heads: int | None) -> Origin:
 
 
 def write_timm(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Write config.json and model.safetensors aside and put them where `folder` is, replacing it whole.
+    """Write config.json and model.safetensors as the folder, replacing it whole.
+
+    Raises:
+        RunFault: the folder cannot be written; what was there is unchanged.
+    """
+
+    def write(aside: Path) -> None:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside / WEIGHTS, {"format": "pt"})
+        (aside / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
+
+    write_folder(folder, write)
+
+
+def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a new folder aside, and put it where `folder` is, replacing that whole.
 
     Raises:
         RunFault: the folder cannot be written; what was there is unchanged.
@@ -149,8 +172,7 @@ def write_timm(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Te
     aside = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     try:
         aside.mkdir(parents=True)
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside / WEIGHTS, {"format": "pt"})
-        (aside / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
+        write(aside)
         _replace_folder(aside, folder)
     except (OSError, SafetensorError) as error:
         raise RunFault(f"export: {folder} not written: {error}; nothing there was changed") from error
@@ -158,10 +180,11 @@ def write_timm(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Te
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _check_output(folder: Path) -> None:
+def check_output(folder: Path) -> None:
+    """UserError unless the folder is new or empty, or holds an earlier export and nothing else."""
     if folder.is_file():
         raise UserError(f"output: {folder}: expected a folder, found a file; name another")
-    strangers = sorted({p.name for p in folder.iterdir()} - {WEIGHTS, CONFIG}) if folder.is_dir() else []
+    strangers = sorted({p.name for p in folder.iterdir()} - FILES) if folder.is_dir() else []
     if strangers:
         raise UserError(
             f"output: {folder}: expected a new or empty folder, or an earlier export, found {strangers[0]} in it; name another"
