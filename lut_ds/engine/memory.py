@@ -124,7 +124,7 @@ def _sizes(recipe: str) -> Sizes:
     groups: dict[tuple[bool, bool], list[int]] = {(s, d): [] for s in (True, False) for d in (True, False)}
     for name, parameter in student.named_parameters():
         groups[id(parameter) in shared, decays(name, parameter)].append(parameter.numel())
-    linears = [m for part in teacher[:1] for m in part.blocks.modules() if isinstance(m, nn.Linear)]
+    linears = [m for m in student.encoder.blocks.modules() if isinstance(m, nn.Linear)] if teacher else []
     norms = [m.num_features for m in student.modules() if isinstance(m, nn.BatchNorm1d)]
     return Sizes(
         tuple(tuple(group) for group in groups.values() if group),
