@@ -11,7 +11,8 @@ from lut_ds.analysis import run_sections as sections
 from lut_ds.analysis.figures import Draw
 from lut_ds.analysis.reconstruct import draw_reconstruction, fixed_noise, reconstruct
 from lut_ds.analysis.report import write_report
-from lut_ds.analysis.runs import RunRecord, headline, read_runs, status, stored_analyses
+from lut_ds.analysis.runs import RunRecord, read_runs, status, stored_analyses
+from lut_ds.analysis.scores import headline
 from lut_ds.data.loader import EvalLoader
 from lut_ds.data.sources import Source, open_source
 from lut_ds.errors import RunFault, UserError
@@ -107,9 +108,10 @@ def _standfirst(runs: Sequence[RunRecord]) -> str:
     if len(runs) == 1:
         run = runs[0]
         model = run.recipe.get("model", {})
-        sizes = f"a ViT of width {model.get('width')}, {model.get('depth')} blocks and {model.get('heads')} heads"
-        pixels = f"{model.get('image_size')} px images in patches of {model.get('patch_size')} px"
-        return f"{run.kind} of {sizes} on {pixels}; {status(run).text}."
+        parts = {"width {}": "width", "{} blocks": "depth", "{} heads": "heads", "patches of {} px": "patch_size"}
+        parts["images of {} px"] = "image_size"
+        sizes = ", ".join(text.format(model[key]) for text, key in parts.items() if model.get(key) is not None)
+        return f"{run.kind} of a ViT{': ' if sizes else ''}{sizes}. {status(run).sentence}"
     keys = list(sections.differences(runs))
     named = ", ".join(keys[:6]) + (f" and {len(keys) - 6} more" if len(keys) > 6 else "")
     differ = f"Their recipes differ in {named}." if keys else "Their recipes are the same."

@@ -8,7 +8,7 @@ from importlib import resources
 
 from lut_ds.analysis.figures import DARK, DPI, LIGHT, Draw, png
 
-_NARROW, _WIDE = 576, 640  # pixels of the page
+_NARROW, _WIDE, _WIDEST = 576, 640, 1200  # pixels of the page
 
 
 @dataclass(frozen=True)
@@ -66,16 +66,16 @@ def picture(draw: Draw, alt: str, caption: str, narrow: bool = False) -> str:
     return stored_picture(light, dark, alt, caption, narrow)
 
 
-def stored_picture(light: bytes, dark: bytes, alt: str, caption: str, narrow: bool = False) -> str:
-    """Two PNGs of the same size, for light screens and for dark ones, inside the page; never enlarged."""
+def stored_picture(light: bytes, dark: bytes | None, alt: str, caption: str, narrow: bool = False) -> str:
+    """PNGs of the same size, for light screens and for dark ones (None: the same), inside the page; never enlarged."""
     width = int.from_bytes(light[16:20], "big") * 96 // DPI
     width = min(width, _NARROW) if narrow else width
     wide = (
         ' class="wide"' if width > _WIDE else ""
     )  # on a phone these are scrolled, not shrunk until nothing can be read
+    for_dark = "" if dark is None else f'<source media="(prefers-color-scheme: dark)" srcset="{_data_uri(dark)}">'
     return (
-        f'<figure><div class="scroll"><picture>'
-        f'<source media="(prefers-color-scheme: dark)" srcset="{_data_uri(dark)}">'
+        f'<figure><div class="scroll"><picture>{for_dark}'
         f'<img{wide} src="{_data_uri(light)}" alt="{escape(alt)}" style="max-width: min(100%, {width}px)">'
         f"</picture></div><figcaption>{escape(caption)}</figcaption></figure>"
     )

@@ -12,10 +12,13 @@ from lut_ds.analysis.figures import Draw
 from lut_ds.analysis.findings import TITLES as ANALYSES
 from lut_ds.analysis.probes import draw_history, draw_knn_by_k, draw_sweep
 from lut_ds.analysis.report import CURVES, epoch_means, training_sentence
-from lut_ds.analysis.runs import RunRecord, StoredAnalysis, headline, status
+from lut_ds.analysis.robustness import draw_robustness
+from lut_ds.analysis.runs import RunRecord, StoredAnalysis, status
+from lut_ds.analysis.scores import SCORES, headline
 
 ABSENT = "-"
 _SHORT = 15  # rows of a list that is not folded
+_LARGEST = 1_000_000  # bytes of a picture that is taken as it is
 
 
 def overview(runs: Sequence[RunRecord]) -> page.Section:
@@ -79,6 +82,7 @@ def evaluations(runs: Sequence[RunRecord]) -> page.Section | None:
     body = page.table(["", *names] if len(runs) > 1 else ["", "value"], rows, "Accuracies in per cent.")
     for run in runs:
         pictures = "".join(page.picture(draw, alt, said) for draw, alt, said in _evaluated(run))
+        pictures += _predictions(run)
         pictures += "".join(
             page.folded(f"{folder}: all that was found", page.facts(flat(found)))
             for folder, found in run.evaluations.items()
@@ -96,20 +100,30 @@ def _evaluated(run: RunRecord) -> list[tuple[Draw, str, str]]:
         about += f", step {step:,}" if isinstance(step, int) else ""
         if results.get("evaluation") == "knn":
             found.append((partial(draw_knn_by_k, results=results), "k-NN accuracy", f"k-NN on {about}."))
+        elif results.get("evaluation") == "robustness":
+            said = f"Robustness of step {step:,}." if isinstance(step, int) else "Robustness."
+            found.append((partial(draw_robustness, results=results), "robustness", said))
         elif results.get("evaluation") == "probe":
             draw = draw_sweep if results.get("protocol") == "quick" else draw_history
             said = f"Linear probe ({results.get('protocol')}) on {about}."
             found.append((partial(draw, results=results), "linear probe", said))
     if isinstance(knn := run.results.get("knn"), dict):
         found.append((draw_knn(knn), "k-NN over the run", "k-NN over the run; epoch 0 is the random encoder."))
-    if keys := [key for key in ("top1", "miou", "mIoU") if any(key in score for score in run.scores)]:
-        scores = [score for score in run.scores if score.get(keys[0]) is not None]
-        shown = {"top-1": keys[0]} if keys[0] == "top1" else {"mIoU": keys[0]}
-        shown |= {"top-5": "top5"} if all("top5" in score for score in scores) else {}
-        values = {name: [score[key] for score in scores] for name, key in shown.items()}
-        draw_scores = draw_accuracy([score["epoch"] for score in scores], values, {}, "On val, over the run")
-        found.append((draw_scores, "accuracy over the run", "On the validation images after each epoch."))
+    shown = {name: key for key, name in SCORES.items() if run.scores and all(key in score for score in run.scores)}
+    if shown:
+        values = {name: [score[key] for score in run.scores] for name, key in shown.items()}
+        draw_scores = draw_accuracy([score["epoch"] for score in run.scores], values, {}, "On val, over the run")
+        found.append((draw_scores, "accuracy over the run", "On the validation images, over the run."))
     return found
+
+
+def _predictions(run: RunRecord) -> str:
+    """What a segmenter drew of its last evaluation; nothing where there is no picture, or one too large for a page."""
+    file = run.path / "predictions.png"
+    if not file.is_file() or file.stat().st_size > _LARGEST:
+        return ""
+    drawn = file.read_bytes()
+    return page.stored_picture(drawn, None, "predictions of the last evaluation", "Predictions of the last evaluation.")
 
 
 def reconstructions(found: Mapping[str, tuple[Draw, str] | str]) -> page.Section | None:
@@ -155,8 +169,13 @@ def recipes(runs: Sequence[RunRecord]) -> page.Section:
     body = ""
     if len(runs) > 1:
         rows = differences(runs)
-        said = f"{len(rows)} values differ." if rows else "The recipes are the same."
-        body = page.text(said) + (page.columns(names, rows, mark=True) if rows else "")
+        shared = {key: values for key, values in rows.items() if ABSENT not in values}
+        said = f"{len(shared)} values differ." if shared else "No value differs that all recipes have."
+        body = page.text(said if rows else "The recipes are the same.") + (
+            page.columns(names, shared) if shared else ""
+        )
+        if other := {key: values for key, values in rows.items() if key not in shared}:
+            body += page.folded(f"{len(other)} keys that some recipe lacks", page.columns(names, other))
     for section in dict.fromkeys(section for run in runs for section in run.recipe):
         trees = [run.recipe.get(section, {}) for run in runs]
         keys = dict.fromkeys(key for tree in trees for key in tree)
@@ -171,10 +190,13 @@ def recipes(runs: Sequence[RunRecord]) -> page.Section:
 
 
 def differences(runs: Sequence[RunRecord]) -> dict[str, list[Any]]:
-    """Values that are not the same in all recipes, by section.key; a dash where a recipe lacks the key. Not run.dir."""
+    """Values that are not the same in all recipes, by section.key; a dash where a recipe lacks the key, and
+    those last. Without run.dir.
+    """
     trees = [{f"{s}.{k}": v for s, values in run.recipe.items() for k, v in values.items()} for run in runs]
     rows = {key: [tree.get(key, ABSENT) for tree in trees] for key in dict.fromkeys(k for tree in trees for k in tree)}
-    return {key: v for key, v in rows.items() if key != "run.dir" and any(value != v[0] for value in v)}
+    found = {key: v for key, v in rows.items() if key != "run.dir" and any(value != v[0] for value in v)}
+    return dict(sorted(found.items(), key=lambda row: ABSENT in row[1]))
 
 
 def history(runs: Sequence[RunRecord]) -> page.Section:
@@ -185,7 +207,7 @@ def history(runs: Sequence[RunRecord]) -> page.Section:
         counts = Counter(what for _, what, _ in rows)
         saved = [event for event in run.events if event["event"] == "saved"]
         stalls = sum(float(event.get("stall_s") or 0) for event in saved)
-        words = [f"{status(run).text.capitalize()}."]
+        words = [status(run).sentence]
         words.append(f"Events: {', '.join(f'{what} ({count})' for what, count in counts.items())}." if counts else "")
         if saved:
             words.append(

@@ -4,7 +4,7 @@ import contextlib
 import json
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,8 @@ class RunRecord:
         """What it is, in words."""
         if "method" in self.recipe:
             return f"{str(self.recipe['method'].get('name', '')).upper()} pre-training".strip()
+        if "stride" in self.recipe.get("data", {}):
+            return "Segmentation training"
         return "Fine-tuning" if "augment" in self.recipe else "Training"
 
     @property
@@ -186,6 +188,11 @@ class Status:
     state: str
     text: str
 
+    @property
+    def sentence(self) -> str:
+        """The text as a sentence of its own."""
+        return f"{self.text[:1].upper()}{self.text[1:]}."
+
 
 def status(run: RunRecord) -> Status:
     """What became of a run, from its lock, its last step and its last event."""
@@ -218,36 +225,3 @@ def _owner(run: RunRecord) -> str | None:
         return owner if psutil.Process(int(words[1])).create_time() <= lock.stat().st_mtime + 1 else None
     except psutil.Error:
         return None
-
-
-def headline(run: RunRecord) -> dict[str, float]:
-    """The main number of each evaluation by its name, per cent where it is an accuracy."""
-    found: dict[str, float] = {}
-    for folder, results in run.evaluations.items():
-        for key, value in _main(results).items():
-            found[f"{_NAMES.get(folder, folder)} {key}".strip()] = value
-    for name, value in (
-        run.results.get("knn", {}).get("top1", {}).items() if isinstance(run.results.get("knn"), dict) else ()
-    ):
-        found[f"demo's k-NN top-1, {name.replace('_', ' ')}"] = value
-    for key in sorted({key for score in run.scores for key in score} & set(_SCORES)):
-        found[f"best {_SCORES[key]} on val"] = max(score[key] for score in run.scores if score.get(key) is not None)
-    return found
-
-
-_NAMES = {"knn": "k-NN", "probe": "linear probe", "probe_mae": "linear probe (MAE's protocol)"}
-_SCORES = {"top1": "top-1", "miou": "mIoU", "mIoU": "mIoU"}
-_KEYS = {"top1": "top-1", "miou": "mIoU", "mIoU": "mIoU", "mce": "mCE", "mCE": "mCE"}
-
-
-def _main(results: Mapping[str, Any]) -> dict[str, float]:
-    """Accuracies and the like at the top of a results.json; of several by k, the best."""
-    found: dict[str, float] = {}
-    for key, label in _KEYS.items():
-        value = results.get(key)
-        if isinstance(value, dict) and value and all(isinstance(v, int | float) for v in value.values()):
-            best = max(value, key=lambda k: value[k])
-            found[f"{label} ({'k = ' if results.get('evaluation') == 'knn' else ''}{best})"] = float(value[best])
-        elif isinstance(value, int | float):
-            found[label] = float(value)
-    return found
