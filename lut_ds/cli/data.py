@@ -97,6 +97,16 @@ def shapes(args: argparse.Namespace) -> Answer:
     return result, f"{path}: {args.train} training and {args.val} validation images of {len(CLASSES)} classes", DONE
 
 
+def arrange(args: argparse.Namespace) -> Answer:
+    """Arrange a published classification set, as it was downloaded, as train/<class>/ and val/<class>/."""
+    from lut_ds.data.arrange.arrange import arrange, describe
+    from lut_ds.engine.signals import listen
+
+    with listen() as stop:
+        result = arrange(args.name, args.source, args.dest, args.how, args.subset, lambda: stop.requested)
+    return result, describe(result), DONE if result["complete"] else STOPPED
+
+
 def scenes(args: argparse.Namespace) -> Answer:
     """Write a small data set for segmentation: drawn shapes on textured grounds, in ADE20K's folders."""
     from lut_ds.data.scenes import CLASSES, write_scenes
@@ -132,12 +142,36 @@ def add(commands: Commands) -> None:
     sub.add_argument("--sample", type=positive, metavar="N", help="measure so many of each split, drawn at random")
     sub.add_argument("--out", type=Path, metavar="DIR", help="folder for histograms as PNG")
     _add_workers(sub)
+    _add_arrange(group)
     _add_scenes(group)
     _add_shapes(group)
     sub = group.add(show)
     add_recipe(sub)
     sub.add_argument("-n", "--count", type=positive, default=16, help="samples (default: 16)")
     sub.add_argument("-o", "--output", type=Path, default=Path("sheet.png"), metavar="PNG", help="default: sheet.png")
+
+
+def _add_arrange(group: Commands) -> None:
+    from lut_ds.data.arrange.layouts import SETS
+
+    sub = group.add(arrange)
+    sub.formatter_class = argparse.RawDescriptionHelpFormatter
+    lines = [
+        f"  {name:16} {s.classes:,} classes, {s.train:,} + {s.val:,} images: {s.layout}" for name, s in SETS.items()
+    ]
+    sub.epilog = "\n".join(
+        ["What SOURCE holds:", *lines, "Interrupted, the same command goes on. Nothing is overwritten."]
+    )
+    sub.add_argument("name", choices=sorted(SETS), metavar="NAME", help=", ".join(SETS))
+    sub.add_argument("source", type=Path, help="folder that the archives were unpacked to")
+    sub.add_argument("dest", type=Path, help="folder to write")
+    sub.add_argument(
+        "--how",
+        choices=("symlink", "hardlink", "copy"),
+        default="symlink",
+        help="what images become (default: symlink)",
+    )
+    sub.add_argument("--subset", action="store_true", help="part of the set: other numbers than the published are fine")
 
 
 def _add_scenes(group: Commands) -> None:

@@ -22,19 +22,26 @@ def export(args: argparse.Namespace) -> Answer:
     return result, f"wrote {result['weights']} ({result['kind']} of {args.source}); left out: {left}", DONE
 
 
+def model_source(text: str) -> str:
+    """A checkpoint as a recipe keeps it: a path that means the same in every folder; timm:NAME[:FILE] as it is."""
+    return text if text.startswith("timm:") else os.path.abspath(os.path.expanduser(text))
+
+
 def finetune(args: argparse.Namespace) -> Answer:
     """Fine-tune a pre-trained encoder as a classifier, or continue that."""
     from lut_ds.transfer.config import load_finetune_recipe
     from lut_ds.transfer.finetune import finetune
 
-    source = os.path.abspath(os.path.expanduser(args.source))
-    recipe = load_finetune_recipe(args.recipe, [*args.override, f"model.source={source}"])
+    recipe = load_finetune_recipe(args.recipe, [*args.override, f"model.source={model_source(args.source)}"])
     result = finetune(recipe, args.recipe)
     if result["stopped_by"]:
         text = f"stopped by {result['stopped_by']} at step {result['step']} of {result['steps']}; {result['folder']}"
         return result, text, STOPPED
     best = result["best"]
-    text = f"top-1 {best['top1']:.2f} %, top-5 {best['top5']:.2f} % (epoch {best['epoch']:g}); {result['weights']}"
+    text = (
+        f"top-1 {best['top1']:.2f} %, top-5 {best['top5']:.2f} %, mean of classes {best['mean_class']:.2f} % "
+        f"(epoch {best['epoch']:g}); {result['weights']}"
+    )
     return result, text, DONE
 
 

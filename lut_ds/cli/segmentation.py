@@ -1,11 +1,9 @@
 """Semantic segmentation."""
 
 import argparse
-import os
 
+from lut_ds.cli.evaluation import model_source
 from lut_ds.cli.parser import DONE, STOPPED, Answer, Commands, add_overrides
-
-_PREFIX = "timm:"
 
 
 def segment(args: argparse.Namespace) -> Answer:
@@ -21,8 +19,7 @@ def segment(args: argparse.Namespace) -> Answer:
     # Without a recipe, argparse takes the first override for one.
     words = args.override if args.recipe is None or "=" not in args.recipe else [args.recipe, *args.override]
     name = None if args.recipe is None or "=" in args.recipe else args.recipe
-    timm = args.source.startswith(_PREFIX)
-    source = args.source if timm else os.path.abspath(os.path.expanduser(args.source))
+    source = model_source(args.source)
     own = [f"model.source={source}", *([f"model.weights={args.weights}"] if args.weights else [])]
     name = name or recipe_for(source, args.weights)
     result = segment(load_segment_recipe(name, [*words, *own]), name)

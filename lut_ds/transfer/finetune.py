@@ -1,7 +1,9 @@
 """Fine-tuning of a pre-trained encoder as a classifier: `lut-ds finetune`.
 
 RUN/recipe.yaml, environment.jsonl, metrics.jsonl, events.jsonl, checkpoints/   as a pre-training run's
-    evaluations.jsonl   accuracy on val after every epoch
+    evaluations.jsonl   accuracy on val after every epoch: of all images, the mean of classes, and of those with many, medium
+                        (100 to 20) and few training images
+    per_class.json      accuracy of each class in the last evaluation, and its training images
     best/               the best epoch's classifier as a timm checkpoint
     last/               the last step's, when the run is done
     results.json        what the command printed
@@ -13,6 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from lut_ds.data.tuning import Loading, choose_loading
@@ -26,16 +29,17 @@ from lut_ds.method.flops import blocks_flops
 from lut_ds.transfer.config import FinetuneRecipe
 from lut_ds.transfer.finetune_judge import FinetuneJudge
 from lut_ds.transfer.finetune_loader import FinetuneLoader
-from lut_ds.transfer.finetune_start import open_labelled, sizes, start_model
+from lut_ds.transfer.finetune_start import open_images, sizes, start_model
 from lut_ds.transfer.finetune_step import FinetuneSchedule, FinetuneTrainer
+from lut_ds.transfer.labelled import labels_of
 
 
 def finetune(recipe: FinetuneRecipe, recipe_name: str) -> dict[str, Any]:
     """Run, or continue, a fine-tuning; the process must be one of the launcher's ranks.
 
     Returns:
-        `Outcome.as_dict()` with `top1`, `top5` (per cent, of the last evaluation), `best` (epoch, step, top1, top5 of the best),
-        `weights` (the best's timm checkpoint) and `loaded` (what was taken from the source).
+        `Outcome.as_dict()` with `top1`, `top5`, `mean_class`, `many`, `medium`, `few` (per cent, of the last evaluation), `best`
+        (epoch, step and the same of the best), `weights` (the best's timm checkpoint) and `loaded` (what was taken from the source).
 
     Raises:
         UserError: recipe, source, data or run folder cannot work.
@@ -46,7 +50,7 @@ def finetune(recipe: FinetuneRecipe, recipe_name: str) -> dict[str, Any]:
     micro_batch, accumulation = split_batch(recipe.train.global_batch, recipe.train.micro_batch, ranks.world_size)
     folder = Path(recipe.run.dir) if recipe.run.dir else Path("runs") / Path(recipe_name).stem
     with process_group(ranks), listen(recipe.run.stop_signals) as signals, ExitStack() as opened:
-        source, val = on_all(lambda: open_labelled(recipe), name_rank=True)
+        source, val = on_all(lambda: open_images(recipe), name_rank=True)
         model, loaded = on_all(lambda: start_model(recipe, source.classes), name_rank=True)
         notes = warm_up(recipe, ranks, source)
         on_all(lambda: opened.enter_context(open_run_folder(folder, recipe, notes)) if ranks.main else None)
@@ -62,7 +66,8 @@ def finetune(recipe: FinetuneRecipe, recipe_name: str) -> dict[str, Any]:
         )
         with loader:
             trainer = FinetuneTrainer(recipe, ranks, model, micro_batch, accumulation)
-            judge = FinetuneJudge(recipe, ranks, folder, trainer, val, loader.steps_per_epoch, ways.threads)
+            counts = np.bincount(labels_of(source), minlength=len(source.classes)).tolist()
+            judge = FinetuneJudge(recipe, ranks, folder, trainer, val, counts, loader.steps_per_epoch, ways.threads)
             schedule = FinetuneSchedule(recipe, loader.steps_per_epoch)
             outcome = train(
                 recipe,

@@ -2,54 +2,31 @@
 
 from typing import Literal
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from lut_ds.config import Model
-from lut_ds.data.sources import Source, open_source
+from lut_ds.data.sources import Source
 from lut_ds.errors import UserError
 from lut_ds.transfer.classifier import Loaded, load_encoder_weights, make_classifier
 from lut_ds.transfer.config import FinetuneModel, FinetuneRecipe
+from lut_ds.transfer.labelled import open_labelled
 from lut_ds.transfer.models import load_model
 from lut_ds.transfer.published import HEADS
 
 
-def open_labelled(recipe: FinetuneRecipe) -> tuple[Source, Source]:
+def open_images(recipe: FinetuneRecipe) -> tuple[Source, Source]:
     """Training and validation images of `data.path`: of the same classes, each with images in both.
 
     Raises:
         UserError: no such data, classes that differ, an empty class, or a label that is none of them.
     """
-    path = recipe.data.path
-    if path is None:
+    if recipe.data.path is None:
         raise UserError(
             "data.path: no images given; add data.path=DIR, where DIR holds train/<class>/*.jpg and val/<class>/*.jpg"
         )
-    train_images, val = open_source(path, "train"), open_source(path, "val")
-    if not train_images.classes:
-        raise UserError(f"data.path: {path}: expected images in class folders, found images without classes; sort them")
-    if odd := sorted(set(train_images.classes) ^ set(val.classes)) or [
-        a for a, b in zip(train_images.classes, val.classes) if a != b
-    ]:
-        where = "train" if odd[0] in train_images.classes else "val"
-        raise UserError(
-            f"data.path: {path}: expected the same classes in train and val, found {len(train_images.classes)} and "
-            f"{len(val.classes)}: {odd[0]!r} is in {where} only or elsewhere in the order; correct the folders"
-        )
-    for name, source in (("train", train_images), ("val", val)):
-        try:
-            counts = class_counts(source)
-        except ValueError as error:
-            raise UserError(f"data.path: {path}: {name}: {error}; correct the labels") from None
-        if not counts.all():
-            empty = source.classes[int(counts.argmin())]
-            raise UserError(
-                f"data.path: {path}: {name}: class {empty!r} has no images; add some, or remove it from both"
-            )
-    return train_images, val
+    return open_labelled(recipe.data.path)
 
 
 def start_model(recipe: FinetuneRecipe, classes: list[str]) -> tuple[VisionTransformer, Loaded]:
@@ -116,15 +93,3 @@ def sizes(recipe: FinetuneRecipe) -> Model:
         heads=m.heads,
         mlp_ratio=m.mlp_ratio,
     )
-
-
-def class_counts(source: Source) -> NDArray[np.int64]:
-    """Images of each class, int64 [classes]; ValueError naming the first image whose label is none of them."""
-    labels = np.fromiter((source.label(i) for i in range(len(source))), np.int64, len(source))
-    outside = np.flatnonzero((labels < 0) | (labels >= len(source.classes)))
-    if len(outside):
-        first = int(outside[0])
-        raise ValueError(
-            f"{source.name(first)}: expected a label from 0 to {len(source.classes) - 1}, found {labels[first]}"
-        )
-    return np.bincount(labels, minlength=len(source.classes))

@@ -65,7 +65,8 @@ class Judge(ABC):
         """Step, epoch and what was measured of what is in best/, or None."""
         try:
             about = json.loads((self._folder / "best" / "config.json").read_text())["lut_ds"]
-            return {key: about[key] for key in ("step", "epoch", *self._keys)}
+            later = {key: about.get(key) for key in self._keys[1:]}  # what an earlier version did not measure
+            return {key: about[key] for key in ("step", "epoch", self._keys[0])} | later
         except (OSError, ValueError, KeyError):
             return None
 

@@ -17,7 +17,7 @@ from lut_ds.errors import UserError
 from lut_ds.method.encoder import Encoder
 from lut_ds.tracking import read_metrics
 from lut_ds.transfer.config import FinetuneRecipe, finetune_folder, load_finetune_recipe
-from lut_ds.transfer.finetune_start import open_labelled, start_model
+from lut_ds.transfer.finetune_start import open_images, start_model
 from tests.engine.launching import run_ranks
 from tests.transfer.runs import lut_ds
 
@@ -89,8 +89,16 @@ def test_result_files(undisturbed: tuple[Path, dict[str, Any]]) -> None:
     evaluations = read_metrics(run / "evaluations.jsonl")
     assert [(e["step"], e["images"]) for e in evaluations] == [(2, 13), (4, 13), (6, 13), (8, 13)]
     best = max(evaluations, key=lambda e: e["top1"])
-    assert result["best"] == {key: best[key] for key in ("step", "epoch", "top1", "top5")}
+    assert result["best"] == {
+        key: best[key] for key in ("step", "epoch", "top1", "top5", "mean_class", "many", "medium", "few")
+    }
     assert result["top1"] == evaluations[-1]["top1"]
+    table = json.loads((run / "per_class.json").read_text())
+    assert {name: row["train_images"] for name, row in table.items()} == {"0": 10, "1": 10, "2": 10}
+    accuracies = [row["accuracy"] for row in table.values()]
+    assert result["mean_class"] == result["few"] == pytest.approx(sum(accuracies) / 3)
+    assert result["many"] is result["medium"] is None
+    assert result["top1"] == pytest.approx(sum(a * n for a, n in zip(accuracies, (5, 4, 4), strict=True)) / 13)
     assert best["top5"] == 100.0, "of three classes, all are among the first five"
     assert result["loaded"]["fresh"] == ["fc_norm.bias", "fc_norm.weight", "head.bias", "head.weight"]
     assert result["loaded"]["left_out"] == ["norm.bias", "norm.weight"]
@@ -211,13 +219,14 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path, encoder: Path, 
 @pytest.mark.parametrize(
     "change,words",
     [
-        (lambda folder: shutil.rmtree(folder / "val" / "2"), "same classes.*'2' is in train only"),
+        (lambda folder: shutil.rmtree(folder / "val" / "2"), "same classes.*'2' in train alone"),
         (lambda folder: (folder / "val" / "2").rename(folder / "val" / "3"), "same classes"),
         (
             lambda folder: [image.unlink() for image in (folder / "train" / "1").iterdir()],
-            "train: class '1' has no images",
+            "train: expected images of each of 3 classes, found none of '1'",
         ),
         (lambda folder: shutil.rmtree(folder / "val"), "val"),
+        (lambda folder: (folder / "val" / "3").mkdir(), "'3' in val alone"),
     ],
 )
 def test_class_folders_that_do_not_fit_are_refused(
@@ -227,7 +236,7 @@ def test_class_folders_that_do_not_fit_are_refused(
     shutil.copytree(few, folder)
     change(folder)
     with pytest.raises(UserError, match=words):
-        open_labelled(recipe_for(encoder, folder))
+        open_images(recipe_for(encoder, folder))
 
 
 def test_refused_command_leaves_nothing(tmp_path: Path, encoder: Path, few: Path) -> None:
