@@ -28,7 +28,8 @@ class Fetched:
     live: int
 
 
-Event = tuple[nn.Module, bool]  # a module with parameters of its own, and whether it begins (or ends)
+UNCALLED = {"q_norm", "k_norm", "attn_drop", "pos_drop", "patch_drop", "norm_pre", "fc_norm", "head_drop", "head"}
+Event = tuple[nn.Module, bool]  # a module, and whether it begins (or ends)
 
 
 def fetched(student: MAE, zero: Mapping[str, Any], checkpointing: bool) -> Fetched:
@@ -51,17 +52,30 @@ def _micro_batch(student: MAE, checkpointing: bool) -> Iterator[Event]:
         yield from _pass(part, backward=True, checkpointing=checkpointing)
 
 
+def _called(module: nn.Module) -> Iterator[nn.Module]:
+    """The children that a forward pass calls: blocks one by one, and not what timm keeps for other uses."""
+    for name, child in module.named_children():
+        if name == "blocks":
+            yield from child.children()
+        elif name not in UNCALLED:
+            yield child
+
+
 def _pass(module: nn.Module, *, backward: bool, checkpointing: bool) -> Iterator[Event]:
-    own = any(True for _ in module.parameters(recurse=False))
-    if own:
-        yield module, True
+    yield module, True  # without weights of its own too: every module lets the prefetcher run on
     if backward and checkpointing and type(module).__name__ == "Block":
-        yield from _pass(module, backward=False, checkpointing=False)
-    children = list(module.children())
+        yield from _recomputed(module)
+    children = list(_called(module))
     for child in reversed(children) if backward else children:
         yield from _pass(child, backward=backward, checkpointing=checkpointing)
-    if own:
-        yield module, False
+    yield module, False
+
+
+def _recomputed(block: nn.Module) -> Iterator[Event]:
+    """A block's second forward pass, which stops inside its last weights: what they need is there by then."""
+    events = list(_pass(block, backward=False, checkpointing=False))
+    last = max(i for i, (module, begins) in enumerate(events) if begins and [*module.parameters(recurse=False)])
+    yield from events[: last + 1]
 
 
 @dataclass
@@ -71,6 +85,7 @@ class _Replay:
     events: list[Event]
     gathered: int = 0
     peak: int = 0
+    whole: int = 0
     step: int = 0
     live: dict[int, int] = field(default_factory=dict)
 
@@ -108,7 +123,8 @@ class _Replay:
             return 0
         self.live[key] = numel
         self.gathered += numel
-        self.peak = max(self.peak, sum(self.live.values()))
+        self.whole += numel
+        self.peak = max(self.peak, self.whole)
         return numel
 
     def _fetch(self, own: dict[int, int]) -> None:
@@ -118,7 +134,7 @@ class _Replay:
         for _ in range(min(waiting, len(self.queue))):
             key, used = self.queue.popleft()
             self.seen[key] = used
-        room = min(self.most - sum(self.live.values()), self.bucket)
+        room = min(self.most - self.whole, self.bucket)
         ahead = 0
         while self.bucket > 0 and self.queue and ahead < room:
             key, used = self.queue.popleft()
@@ -131,4 +147,4 @@ class _Replay:
             again = next((use for use in self.next_use[key] if use >= self.step), None)
             near = again is not None and self.passed[again] - self.passed[self.step] < self.reuse
             if self.seen[key] <= self.step and not near:
-                self.live.pop(key, None)
+                self.whole -= self.live.pop(key, 0)

@@ -6,6 +6,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from lut_kernels import kernels_mode
+
 from lut_ds.bench.machine import describe_machine
 from lut_ds.config import Recipe, load_recipe, parse_recipe
 from lut_ds.engine.activations import activations, with_checkpointing
@@ -42,6 +44,13 @@ def kept_cases() -> dict[str, Any]:
                     changed = with_checkpointing(recipe, again)
                     name = f"{model} {method} {compute}{' checkpointing' if again else ''}"
                     found[name] = compared(activations(changed, 1, 1, "cpu").kept, kept_an_image(changed))
+    for compute in ("fp32", "bf16"):
+        words = ["model.depth=2", "model.decoder_depth=2", f"precision.compute={compute}", "train.compile=true"]
+        with kernels_mode("torch"):
+            recipe = load_recipe("lut_vits16", words)
+            found[f"lut_vits16, 2 blocks, {compute}, compiled"] = compared(
+                activations(recipe, 1, 1, "cpu").kept, kept_an_image(recipe)
+            )
     return found
 
 

@@ -6,13 +6,18 @@ import torch
 from torch import Tensor
 
 from lut_ds.config import Recipe
-from lut_ds.engine.build import build_student
+from lut_ds.engine.build import build_student, compile_blocks
 from lut_ds.engine.reading import draws_per_sample
 
 
 def kept_bytes(recipe: Recipe, images: int) -> int:
-    """Bytes of the storages that the forward pass saves for the backward pass, each once; weights and inputs are not counted."""
+    """Bytes of the storages that the forward pass saves for the backward pass, each once; weights and inputs are not counted.
+
+    With `train.compile=true` the blocks are compiled, which takes most of a minute.
+    """
     student = build_student(recipe)
+    if recipe.train.compile is True:
+        compile_blocks(student)
     if recipe.precision.compute == "bf16":
         buffers = {name: buffer.clone() for name, buffer in student.named_buffers()}
         student.bfloat16()

@@ -36,8 +36,8 @@ def assumptions(
             "libraries and the decoder; the gradients' temporaries in a backward pass are estimated"
         ),
         "activations": (
-            "fused attention and loss kernels, nothing recomputed or saved again by the compiler; checked against what autograd "
-            "keeps on a CPU only"
+            "fused attention and loss kernels; checked against what autograd keeps on a CPU, where compiled blocks keep as much as "
+            "others, and not on a GPU"
         ),
         "host": f"{d.LAUNCH * 1e6:g} us a kernel; a step waits for the host where its kernels are shorter",
         "optimizer": f"AdamW and EMA at {d.MEMORY_EFFICIENCY:.0%} of {device.memory_rate / 1e12:g} TB/s, hidden behind nothing",
