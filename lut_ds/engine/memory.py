@@ -1,7 +1,7 @@
 """Bytes that a rank holds in each ZeRO stage, part by part, before anything is allocated.
 
 The one source of what memory a run needs: `lut-ds pretrain --dry-run` and `lut-ds plan` both read it. States are held to
-the tensors of real runs by `tests/engine/test_memory.py`. What the framework itself takes on a device is not in here.
+the tensors of real runs by `tests/bench/test_counted.py`. What the framework itself takes on a device is not in here.
 """
 
 import functools

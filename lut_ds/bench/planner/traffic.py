@@ -1,6 +1,6 @@
 """What a rank passes to collectives in an optimizer step, as the engine really calls them.
 
-`tests/bench/test_traffic.py` counts the tensors that reach torch's process group on 2 and 4 ranks and compares.
+`tests/bench/test_counted.py` counts the tensors that reach torch's process group on 2 and 4 ranks and compares.
 """
 
 from collections.abc import Mapping
