@@ -55,6 +55,7 @@ def documented_vit(folder, images):
         x = x + linear({"gelu": F.gelu}[c["hidden_act"]](y), f"{layer}.output.dense")
     x = norm(x, "layernorm")
     assert not w, "every tensor has a place"
+    assert c["layer_norm_eps"] == 1e-6, "values near 1 do not tell"
     return x
 
 

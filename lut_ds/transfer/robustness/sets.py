@@ -132,7 +132,7 @@ def open_corrupted(folder: Path, corruption: str, severity: int, classes: Sequen
 
 
 def _as_classifier(source: Source, where: str, classes: Sequence[str], count: int) -> tuple[NDArray[np.int64], Groups]:
-    """Targets and groups of a set that has the classifier's own classes; by name where both have the same names."""
+    """Targets and groups of a set that has the classifier's own classes."""
     names = list(source.classes)
     if not names:
         raise UserError(f"data: {where}: expected images in class folders, found no labels; give <class>/*.jpg")
@@ -142,16 +142,15 @@ def _as_classifier(source: Source, where: str, classes: Sequence[str], count: in
             "give the data that it was trained for, or another checkpoint"
         )
     check_labels(labels_of(source), source, where)
-    told = list(classes) or (list(synsets()) if count == len(synsets()) else names)
+    # A classifier that does not name its classes has them in the order of the folders, ImageNet's by WordNet id.
+    told = list(classes) or (list(synsets()) if set(names) == set(synsets()) else names)
+    strange = sorted(set(names) - set(told))
+    if strange:
+        raise UserError(
+            f"data: {where}: expected the classes of the checkpoint ({told[0]!r}...), found {strange[0]!r} "
+            f"({len(strange)} unknown); give the data that it was trained for"
+        )
     column = {name: i for i, name in enumerate(told)}
-    if set(told) != set(names):
-        if set(told) & set(names):
-            strange = sorted(set(names) - set(told))[0]
-            raise UserError(
-                f"data: {where}: expected the classes of the checkpoint, found {strange!r}, which it does not know; "
-                "give the data that it was trained for"
-            )
-        column = {name: i for i, name in enumerate(names)}  # names of another kind: the order of both is what counts
     return labels_of(source), one_each([column[name] for name in names])
 
 

@@ -180,9 +180,18 @@ def test_what_cannot_work_is_one_line(options, message, lut_run, data, tmp_path,
     assert not (tmp_path / "out").exists()
 
 
-def test_a_classifier_of_other_classes_is_one_line(fine_tuned, data, tmp_path, capfd):
-    for name in ("0", "1", "2"):
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ("012", "expected the 10 classes of the checkpoint, found 3"),
+        ("012345678x", "expected the classes of the checkpoint ('0'...), found 'x' (1 unknown)"),
+    ],
+)
+def test_data_of_other_classes_are_one_line(names, message, fine_tuned, tmp_path, capfd):
+    for name in names:
         (tmp_path / "data" / "val" / name).mkdir(parents=True)
         Image.new("RGB", (40, 40)).save(tmp_path / "data" / "val" / name / "a.png")
     assert main(["robustness", str(fine_tuned), "--data", str(tmp_path / "data"), "-o", str(tmp_path / "out")]) == 2
-    assert "expected the 10 classes of the checkpoint, found 3" in capfd.readouterr().err
+    error = capfd.readouterr().err.strip()
+    assert message in error
+    assert error.count("\n") == 0
