@@ -9,12 +9,13 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3; do "$$p" -c 'import sy
 # One more than the cores of a small machine: many tests wait for processes.
 WORKERS ?= 3
 
-.PHONY: help setup demo test lint test-fast bench-guard lock clean
+.PHONY: help setup demo evidence test lint test-fast bench-guard lock clean
 
 help:
 	@echo "make demo    set up, pre-train a small LUT on handwritten digits, report to runs/demo/report.html (minutes)"
 	@echo "make test    set up, lint, type check, all tests"
 	@echo "make bench-guard  whether a training step costs more CPU time than when benchmarks/step_guard.json was committed"
+	@echo "make evidence  set up, train and compare what benchmarks/evidence compares (under an hour on 2 cores)"
 	@echo "make lock    re-resolve requirements.lock (needs uv)"
 
 setup: $(READY)
@@ -31,6 +32,11 @@ $(READY): requirements.lock pyproject.toml
 demo: setup
 	@echo "demo: pre-training a small LUT on handwritten digits; interrupt and run again as you like"
 	@$(BIN)/lut-ds demo
+
+evidence: setup
+	@echo "evidence: benchmarks/evidence on this machine; interrupt and run again as you like"
+	@$(BIN)/lut-ds data shapes runs/evidence/data --train 2560 --val 1500 --size 24
+	@$(BIN)/lut-ds sweep benchmarks/evidence/evidence.yaml --out runs/evidence --jobs 2 data.path=runs/evidence/data
 
 test: setup lint
 	@echo "tests: all of them, fast and slow, on $(WORKERS) workers"

@@ -134,7 +134,7 @@ class ImageData(Section):
     hflip: Fraction = 0.5
     """Probability of a horizontal flip, drawn for each view."""
     crop_scale: tuple[Area, Area] = (0.2, 1.0)
-    """Area range of RandomResizedCrop (MAE's view)."""
+    """Area range of RandomResizedCrop (with `random_resized_crop`, MAE's view)."""
     threads: Positive | None = None
     """Decoding threads of each rank; null: what `lut-ds bench loader --tune` found for this machine, else its cores, at most 8."""
     prefetch: Positive | None = None
@@ -163,8 +163,10 @@ class Data(ImageData):
     """With `blocks`: neighbouring samples that are kept near each other."""
     shuffle_window: Positive = 256
     """With `blocks`: blocks whose samples are shuffled among themselves; batches mix no more than these."""
+    crop: Literal["method", "resize_crop", "random_resized_crop"] = "method"
+    """How views are cut: `resize_crop` whole, padded and cropped (LUT); `random_resized_crop` (MAE); `method`: as its method does."""
     crop_pad: Annotated[int, Field(ge=0)] = 4
-    """Reflect padding before the random crop, pixels (LUT's views)."""
+    """Reflect padding before the random crop, pixels (with `resize_crop`)."""
     jitter: tuple[Strength, Strength, Strength, Annotated[float, Field(ge=0, le=0.5)]] = (0.4, 0.4, 0.2, 0.1)
     """Brightness, contrast, saturation and hue strengths of view 2."""
     jitter_prob: Fraction = 0.8
@@ -334,6 +336,13 @@ class Recipe(Section):
         side = self.model.image_size
         return side if degradation is None else degradation.view_side(side)
 
+    @property
+    def crop(self) -> Literal["resize_crop", "random_resized_crop"]:
+        """How views are cut: `data.crop`, or the method's own way."""
+        if self.data.crop != "method":
+            return self.data.crop
+        return "random_resized_crop" if self.method.name == "mae" else "resize_crop"
+
     @model_validator(mode="after")
     def _combine(self) -> "Recipe":
         views, patches = self.method.views, self.model.patches
@@ -354,7 +363,7 @@ class Recipe(Section):
             raise ValueError(
                 f"method.mask_ratio {self.method.mask_ratio} leaves no visible patch of {patches}; lower it"
             )
-        if views == 2 and self.data.crop_pad >= view_side:
+        if self.crop == "resize_crop" and self.data.crop_pad >= view_side:
             side = "model.image_size" if view_side == self.model.image_size else "the degradation's view side"
             raise ValueError(
                 f"data.crop_pad {self.data.crop_pad} is not below {side} {view_side}, which reflection needs; lower it"

@@ -18,9 +18,9 @@ from lut_ds.method.degradations import make_degradation
 def view_specs(recipe: Recipe) -> list[ViewSpec]:
     """The views a recipe reads."""
     data = recipe.data
+    mild = ViewSpec(recipe.crop, pad=data.crop_pad, scale=data.crop_scale, hflip=data.hflip)
     if recipe.method.name == "mae":
-        return [ViewSpec("random_resized_crop", scale=data.crop_scale, hflip=data.hflip)]
-    mild = ViewSpec("resize_crop", pad=data.crop_pad, hflip=data.hflip)
+        return [mild]
     brightness, contrast, saturation, hue = data.jitter
     photometric = Photometric(brightness, contrast, saturation, hue, p=data.jitter_prob) if data.photometric else None
     strong = replace(mild, photometric=photometric)

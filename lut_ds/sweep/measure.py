@@ -1,7 +1,7 @@
 """What a sweep records of a finished run: how it trained, and what its frozen encoder is worth."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +49,21 @@ def learned(recipe: Recipe) -> dict[str, Any]:
 def recorded(entry: Entry, evaluate: Sequence[str]) -> dict[str, Any] | None:
     """The record of a run that was finished and evaluated so before; None if there is work to do."""
     try:
-        record = json.loads((entry.folder / RECORD).read_text())
-        same = record["recipe"] == learned(entry.recipe) and set(evaluate) <= set(record["evaluated"])
-    except (OSError, ValueError, KeyError, TypeError):
+        record: dict[str, Any] = json.loads((entry.folder / RECORD).read_text())
+        same = _same(record["recipe"], entry.recipe) and set(evaluate) <= set(record["evaluated"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return record if same else None
+
+
+def _same(stored: Mapping[str, Any], recipe: Recipe) -> bool:
+    """Whether a stored recipe is that of `recipe`; a key younger than the record had its default."""
+    defaults = learned(Recipe())
+    return all(
+        stored.get(section, {}).get(key, defaults[section][key]) == value
+        for section, values in learned(recipe).items()
+        for key, value in values.items()
+    )
 
 
 def record_run(entry: Entry, evaluate: Sequence[str], threads: int) -> None:

@@ -7,8 +7,11 @@ import pytest
 import yaml
 
 from lut_ds.config import load_recipe
+from lut_ds.engine.build import flops_shape
 from lut_ds.engine.sweepfile import read_sweep
 from lut_ds.errors import UserError
+from lut_ds.method.flops import step_flops
+from tests.engine.launching import ROOT
 from tests.engine.tiny import tiny_tree
 
 
@@ -90,3 +93,20 @@ def test_no_yaml_and_words_that_a_sweep_sets(tmp_path: Path) -> None:
         read_sweep(path, tmp_path)
     with pytest.raises(UserError, match="not readable"):
         read_sweep(tmp_path / "none.yaml", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["evidence", "gpu"])
+def test_the_sweeps_of_the_benchmarks(name: str, tmp_path: Path) -> None:
+    found = read_sweep(ROOT / "benchmarks" / "evidence" / f"{name}.yaml", tmp_path, ["data.path=shapes"])
+    assert {"random", "mae", "mae_equal_compute", "lut_w0", "lut_w0.25", "lut_no_ema"} <= set(found.names)
+    by_name = {entry.name: entry.recipe for entry in found.entries}
+    lut, mae, longer = (by_name[n] for n in ("lut_w0.25", "mae", "mae_equal_compute"))
+    flops = [step_flops(flops_shape(r))["total"] * r.train.epochs for r in (lut, mae, longer)]
+    assert flops[2] == pytest.approx(flops[0], rel=0.03)  # equal compute
+    assert flops[0] > 2.5 * flops[1]
+    assert lut.optim == mae.optim
+
+
+def test_the_sweep_of_further_factors(tmp_path: Path) -> None:
+    found = read_sweep(ROOT / "benchmarks" / "evidence" / "factors.yaml", tmp_path)
+    assert len(found.entries) == 3 * len(found.names)
