@@ -1,20 +1,15 @@
 """A data set for segmentation that needs no download: drawn shapes on textured grounds, in ADE20K's folders."""
 
 import colorsys
-import json
-import os
-import shutil
-import tempfile
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from lut_ds.errors import UserError
+from lut_ds.data.generated import write_set
 
 CLASSES = ("ground", "disc", "square", "triangle", "ring", "cross")
-_MANIFEST = "scenes.json"
 _MOST = 4  # shapes of a scene
 _HUES = (
     None,
@@ -31,46 +26,36 @@ def write_scenes(path: Path, train: int = 240, val: int = 60, size: int = 64, se
     """Write path/images/{training,validation}/*.jpg and path/annotations/.../*.png of RGB scenes and masks; returns `path`.
 
     Mask values are 1 to 6 by `CLASSES`, so they are read as ADE20K's (`reduce_zero_label`); sides are `size` to 1.5 times
-    that. The same arguments give the same files. Written aside and renamed; a folder that holds the same set is left alone.
+    that. The same arguments give the same files. See `generated.write_set`.
 
     Raises:
         UserError: `path` holds something else.
     """
-    path, wanted = Path(path), {"train": train, "val": val, "size": size, "seed": seed}
-    if _complete(path, wanted):
-        return path
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UserError(f"scenes: {path}: expected a missing or empty folder, found other files; give another folder")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-    try:
-        aside.chmod(0o755)  # mkdtemp makes it private
+    settings = {"version": 1, "train": train, "val": val, "size": size, "seed": seed}
+
+    def write(folder: Path) -> list[str]:
+        (folder / "classes.txt").write_text("".join(f"{name}\n" for name in CLASSES))
+        names = ["classes.txt"]
         for stream, (split, count) in enumerate((("training", train), ("validation", val))):
-            _write(aside, split, count, size, np.random.default_rng([seed, stream]))
-        (aside / "classes.txt").write_text("".join(f"{name}\n" for name in CLASSES))
-        (aside / _MANIFEST).write_text(json.dumps(wanted) + "\n")
-        os.replace(aside, path)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    return path
+            names += _write(folder, split, count, size, np.random.default_rng([seed, stream]))
+        return names
+
+    return write_set(path, "scenes", settings, write)
 
 
-def _complete(path: Path, wanted: dict[str, int]) -> bool:
-    try:
-        return bool(json.loads((path / _MANIFEST).read_text()) == wanted)
-    except (OSError, ValueError):
-        return False
-
-
-def _write(folder: Path, split: str, count: int, size: int, random: np.random.Generator) -> None:
-    images, masks = folder / "images" / split, folder / "annotations" / split
-    images.mkdir(parents=True)
-    masks.mkdir(parents=True)
+def _write(folder: Path, split: str, count: int, size: int, random: np.random.Generator) -> list[str]:
+    """The images and masks of a split; their names below the folder."""
+    images, masks = f"images/{split}", f"annotations/{split}"
+    for name in (images, masks):
+        (folder / name).mkdir(parents=True)
+    names = []
     for number in range(count):
         height, width = random.integers(size, size + size // 2, 2, endpoint=True).tolist()
         image, mask = scene(height, width, random)
-        image.save(images / f"scene_{number:05d}.jpg", quality=92)
-        mask.save(masks / f"scene_{number:05d}.png")
+        names += [f"{images}/scene_{number:05d}.jpg", f"{masks}/scene_{number:05d}.png"]
+        image.save(folder / names[-2], quality=92)
+        mask.save(folder / names[-1])
+    return names
 
 
 def scene(height: int, width: int, random: np.random.Generator) -> tuple[Image.Image, Image.Image]:

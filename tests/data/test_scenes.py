@@ -32,11 +32,13 @@ def test_masks_fit_and_every_class_occurs(tmp_path: Path) -> None:
     assert seen == set(range(1, len(CLASSES) + 1))
 
 
-def test_nothing_is_overwritten(tmp_path: Path) -> None:
+def test_a_set_is_left_alone_and_strangers_are_not_touched(tmp_path: Path) -> None:
     folder = write_scenes(tmp_path / "scenes", 2, 1, 32)
-    mask = folder / "annotations/training/scene_00000.png"
-    mask.write_bytes(b"mine")
+    before = (folder / "scenes.json").stat().st_mtime_ns
     write_scenes(folder, 2, 1, 32)
-    assert mask.read_bytes() == b"mine", "the same set is left alone"
+    assert (folder / "scenes.json").stat().st_mtime_ns == before
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/notes.txt").write_text("mine")
     with pytest.raises(UserError, match="found other files"):
-        write_scenes(folder, 3, 1, 32)
+        write_scenes(tmp_path / "mine", 2, 1, 32)
+    assert [p.name for p in (tmp_path / "mine").iterdir()] == ["notes.txt"]
