@@ -30,7 +30,7 @@ def report(runs: Sequence[str], output: str | None = None, run_analyses: bool = 
     Args:
         runs: run folders, finished or not, of any command that trains.
         output: the file; None: `run-report.html` in the run, or `lut-ds-report.html` in the working folder for several.
-        run_analyses: run `lut-ds analyze` on each first; a run that cannot be analysed is a UserError.
+        run_analyses: run `lut-ds analyze` on each first (of a fine-tuning on best/); one that cannot be analysed is a UserError.
 
     Returns:
         `file`, `bytes`, `sections` (their headings), `differences` (of the recipes, by key) and for each run its `name`,
@@ -47,7 +47,7 @@ def report(runs: Sequence[str], output: str | None = None, run_analyses: bool = 
         raise UserError(f"--output: {path}: expected a path of folders, found a file among them; name another file")
     if run_analyses:
         for run in found:
-            analyze(Request(str(run.path)), None, list(DRAWINGS))
+            analyze(_analysed(run), None, list(DRAWINGS))
     parts = [
         sections.overview(found),
         sections.training(found),
@@ -70,6 +70,14 @@ def report(runs: Sequence[str], output: str | None = None, run_analyses: bool = 
         "differences": sections.differences(found),
         "runs": [_about(run) for run in found],
     }
+
+
+def _analysed(run: RunRecord) -> Request:
+    """The newest encoder of a pre-training, or the best classifier of a fine-tuning."""
+    if "method" in run.recipe:
+        return Request(str(run.path))
+    data = run.recipe.get("data", {}).get("path")
+    return Request(str(run.path / "best"), data=data, output=str(run.path / "evaluations" / "analysis"))
 
 
 def _about(run: RunRecord) -> dict[str, Any]:

@@ -109,3 +109,12 @@ def test_text_from_outside_is_escaped():
     )
     assert "<script" not in html
     parse(html)
+
+
+def test_text_from_runs_is_escaped():
+    nasty = '<script>alert("x")</script>&'
+    body = page.part(nasty, page.note(nasty)) + page.columns([nasty, nasty], {nasty: [nasty, 1]}, mark=True)
+    body += page.log([(nasty, nasty, nasty)]) + page.stored_picture(b"0" * 24, b"", nasty, nasty)
+    html = page.page("", "", "", "", [page.Section("x", body)], "")
+    assert "<script" not in html
+    assert parse(html).text.count(nasty) == 10

@@ -34,12 +34,11 @@ def command(capfd):
 
 @pytest.fixture(scope="module")
 def evaluated(lut_run, tmp_path_factory):
-    """A copy of the tiny demo's run in which knn and analyze were run, and which met a few events."""
+    """A copy of the tiny demo's run in which knn and all analyses were run, and which met a few events."""
     run = tmp_path_factory.mktemp("evaluated") / "one"
     shutil.copytree(lut_run, run)
     assert main(["knn", str(run), "--k", "3,5"]) == 0
-    options = ("--images", "16", "--train-images", "60")
-    assert main(["analyze", str(run), "--only", "layers,relevance", *options]) == 0
+    assert main(["report", str(run), "--analyze"]) == 0
     with (run / "events.jsonl").open("a") as file:
         file.write(
             json.dumps({"time": "2026-01-02T03:04:05+0000", "event": "spike", "step": 7, "text": "x <b> 7"}) + "\n"
@@ -148,6 +147,7 @@ STOPPED = {"event": "stopped", "step": 12, "by": "SIGTERM"}
         (20, [], None, "done"),
         (12, [STOPPED], None, "stopped"),
         (12, [], None, "broken off"),
+        (14, [STOPPED], None, "broken off"),
         (14, [STOPPED, {"event": "resumed", "step": 12}], None, "broken off"),
         (12, [], f"process {os.getpid()} on {platform.node()}", "running"),
         (12, [], f"process 4194304 on {platform.node()}", "broken off"),
@@ -160,6 +160,11 @@ def test_what_became_of_a_run(tmp_path, steps, events, lock, state):
     (found,) = read_runs([str(run)])
     assert (found.step, found.steps) == (steps, 20)
     assert status(found).state == state
+
+
+def test_a_run_that_was_to_end_early_is_done_then(tmp_path):
+    run = write_run(tmp_path / "run", {**MAE, "train": {**MAE["train"], "max_steps": 12}}, 12)
+    assert status(read_runs([str(run)])[0]).text == "done: 12 of 12 steps"
 
 
 def test_a_lock_that_was_left_behind_is_no_run(tmp_path):
@@ -226,11 +231,13 @@ def test_what_is_damaged_is_left_out_and_named(evaluated, command, tmp_path):
     (run / "evaluations" / "knn" / "results.json").write_text("{")
     (run / "evaluations" / "analysis" / "layers.json").write_text('{"analysis": "layers", "found": {"one": {}}}')
     (run / "evaluations" / "analysis" / "relevance-dark.png").write_bytes(b"")
+    (run / "evaluations" / "analysis" / "cka.png").unlink()
     command("report", run)
     text, _ = checked(run / "run-report.html")
     assert "Not readable, and left out: evaluations/knn/results.json" in text
     assert "k-NN top-1 (k" not in text
-    assert stored_analyses(read_runs([str(run)])[0]) == []
+    whole = {analysis.name for analysis in stored_analyses(read_runs([str(run)])[0])}
+    assert whole == {"attention-distance", "maps", "spectrum"}
 
 
 def test_what_is_no_run_is_one_line(evaluated, command, tmp_path):
