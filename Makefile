@@ -15,7 +15,7 @@ help:
 	@echo "make demo    set up, pre-train a small LUT on handwritten digits, report to runs/demo/report.html (minutes)"
 	@echo "make test    set up, lint, type check, all tests"
 	@echo "make bench-guard  whether a training step costs more CPU time than when benchmarks/step_guard.json was committed"
-	@echo "make evidence  set up, train and compare what benchmarks/evidence compares (under an hour on 2 cores)"
+	@echo "make evidence  set up, train and compare what benchmarks/evidence compares (under an hour)"
 	@echo "make lock    re-resolve requirements.lock (needs uv)"
 
 setup: $(READY)
