@@ -63,7 +63,8 @@ def run_demo(overrides: Sequence[str]) -> tuple[dict[str, Any], str]:
     recipe = load_recipe("demo", overrides)
     if recipe.method.degradation != "none":
         raise UserError(
-            "method.degradation: the demo pictures masks only; train with `lut-ds pretrain demo`, data.path=DIR"
+            f"method.degradation: expected none, for the demo pictures masks only, found {recipe.method.degradation!r}; see it with "
+            "`lut-ds data show demo`, train it with `lut-ds pretrain demo`, both with data.path=DIR (`lut-ds data shapes DIR` makes one)"
         )
     recipe, folder, subject = _prepare(recipe)
     train, val = (open_source(str(recipe.data.path), split) for split in ("train", "val"))
