@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lut_ds.data.folder import ImageFolder
@@ -58,6 +58,7 @@ class Single:
         return self.source.name(self.i)
 
 
+@example([(50.0, 101), (10.0, 100), (5.0, 20), (1.0, 19)])
 @given(st.lists(st.tuples(st.floats(0, 100), st.integers(1, 300)), min_size=1, max_size=30))
 def test_groups_by_training_images(classes: list[tuple[float, int]]) -> None:
     found = by_frequency([value for value, _ in classes], [count for _, count in classes])
