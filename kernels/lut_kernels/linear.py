@@ -8,7 +8,6 @@ oneDNN's either way, but the library fills the result with the bias first and ad
 from __future__ import annotations
 
 import platform
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +20,9 @@ _SLOW_MKL = ("AuthenticAMD",)
 _SMALLEST = 1 << 22  # multiply-adds: below, a call through an operator of our own costs more than it saves
 
 
-@cache
-def onednn_is_faster(dtype: torch.dtype) -> bool:
-    """Whether this processor's products, fp32 or bf16, should go to oneDNN: where that was measured to be faster."""
-    if (
-        dtype not in (torch.float32, torch.bfloat16)
-        or platform.machine() != "x86_64"
-        or not (torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available())
+def _processor_prefers_onednn(dtype: torch.dtype) -> bool:
+    if platform.machine() != "x86_64" or not (
+        torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()
     ):
         return False
     if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
@@ -36,6 +31,15 @@ def onednn_is_faster(dtype: torch.dtype) -> bool:
     lines = info.read_text().splitlines() if info.is_file() else []
     vendor = next((line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")), "")
     return vendor in _SLOW_MKL
+
+
+# Found when this is imported: torch.compile cannot trace the questions.
+_FASTER = frozenset(filter(_processor_prefers_onednn, (torch.float32, torch.bfloat16)))
+
+
+def onednn_is_faster(dtype: torch.dtype) -> bool:
+    """Whether this processor's products, fp32 or bf16, should go to oneDNN: where that was measured to be faster."""
+    return dtype in _FASTER
 
 
 def linear_side(device: torch.device | str, dtype: torch.dtype) -> str:

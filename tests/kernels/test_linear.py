@@ -88,3 +88,10 @@ def test_small_products_stay_with_torch(monkeypatch: pytest.MonkeyPatch) -> None
     assert len(seen) == 1
     assert linear(torch.randn(256, 256), torch.randn(64, 256)).shape == (256, 64)
     assert len(seen) == 1
+
+
+def test_the_compiler_can_trace_the_choice() -> None:
+    """In one graph, on this processor as it is, with a product that is large enough for either side."""
+    x, weight, bias = torch.randn(256, 256), torch.randn(256, 256), torch.randn(256)
+    compiled = torch.compile(linear, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x, weight, bias), F.linear(x, weight, bias), rtol=1e-4, atol=1e-4)
