@@ -144,15 +144,15 @@ STOPPED = {"event": "stopped", "step": 12, "by": "SIGTERM"}
 @pytest.mark.parametrize(
     "steps, events, lock, state",
     [
-        (20, [], None, "done"),
-        (12, [STOPPED], None, "stopped"),
-        (12, [], None, "broken off"),
-        (14, [STOPPED], None, "broken off"),
-        (14, [STOPPED, {"event": "resumed", "step": 12}], None, "broken off"),
-        (12, [], f"process {os.getpid()} on {platform.node()}", "running"),
-        (12, [], f"process 4194304 on {platform.node()}", "broken off"),
-        (12, [], "process 1 on another-machine", "running"),
-        (12, [STOPPED], "garbage", "stopped"),
+        pytest.param(20, [], None, "done", id="whole"),
+        pytest.param(12, [STOPPED], None, "stopped", id="stopped"),
+        pytest.param(12, [], None, "broken off", id="cut"),
+        pytest.param(14, [STOPPED], None, "broken off", id="cut after a stop"),
+        pytest.param(14, [STOPPED, {"event": "resumed", "step": 12}], None, "broken off", id="cut after a resume"),
+        pytest.param(12, [], f"process {os.getpid()} on {platform.node()}", "running", id="alive"),
+        pytest.param(12, [], f"process 4194304 on {platform.node()}", "broken off", id="dead"),
+        pytest.param(12, [], "process 1 on another-machine", "running", id="elsewhere"),
+        pytest.param(12, [STOPPED], "garbage", "stopped", id="odd lock"),
     ],
 )
 def test_what_became_of_a_run(tmp_path, steps, events, lock, state):
