@@ -225,6 +225,8 @@ class Train(Batches):
 
     epochs: Positive = 1600
     """Length of the schedules, epochs."""
+    overlap_teacher: bool = False
+    """On a GPU, run the teacher's pass on a stream of its own, beside the student's; takes more memory. Not measured yet."""
 
 
 class Precision(Section):

@@ -10,6 +10,7 @@ import torch.distributed.nn.functional as dist_functional
 from torch import Tensor, nn
 
 from lut_ds.config import Recipe, RunRecipe
+from lut_ds.engine.beside import BesideTeacher
 from lut_ds.engine.build import build_student, build_teacher, compile_blocks
 from lut_ds.engine.ds_config import load_ds_config, resolve_ds_config, zero_stage
 from lut_ds.engine.ema import WeightEMA
@@ -20,6 +21,7 @@ from lut_ds.engine.optim import GuardedAdamW, parameter_groups
 from lut_ds.engine.shards import MasterShards
 from lut_ds.errors import UserError
 from lut_ds.method.heads import HeadBatchNorm
+from lut_ds.method.lut import Projections
 
 
 class MicroBatch(Protocol):
@@ -56,6 +58,8 @@ class Learner(NamedTuple):
     """Of the losses that a micro-batch gives; the first is the one that the guards watch."""
     groups: list[dict[str, Any]]
     """AdamW's; one with `lr_scale` has that many times the schedule's learning rate."""
+    beside: bool = False
+    """On a GPU, run the teacher on a stream of its own, beside the student."""
 
 
 def pretraining(recipe: Recipe, device: torch.device) -> Learner:
@@ -67,7 +71,7 @@ def pretraining(recipe: Recipe, device: torch.device) -> Learner:
     shared = set(dict(teacher.named_parameters())) if teacher is not None else set()
     parts = [[(n, p) for n, p in student.named_parameters() if (n in shared) is wanted] for wanted in (True, False)]
     groups = [group for part in parts for group in parameter_groups(part, recipe.optim.weight_decay)]
-    return Learner(student, teacher, names, groups)
+    return Learner(student, teacher, names, groups, recipe.train.overlap_teacher)
 
 
 class Trainer:
@@ -89,11 +93,14 @@ class Trainer:
         self.stage = zero_stage(ds_config)
         self.accumulation = accumulation
         self.device = ranks.device
-        student, self.teacher, self.metric_names, groups = learner
+        student, self.teacher, self.metric_names, groups, beside = learner
         synchronise_batch_norm(student, ranks.world_size)
         if recipe.train.compile is True or (recipe.train.compile == "auto" and ranks.device.type == "cuda"):
             # ZeRO-3's hooks are traced into the student's blocks, with a graph for each: more recompiles than torch allows.
             compile_blocks(None if self.stage == 3 else student, self.teacher)
+        self._beside = None
+        if beside and self.teacher is not None and ranks.device.type == "cuda":
+            self._beside = BesideTeacher(self.teacher, ranks.device)
         client = GuardedAdamW(groups, lr=0.0, betas=recipe.optim.betas, eps=recipe.optim.eps)
         fp32_buffers = {name: buffer.clone() for name, buffer in student.named_buffers()}
         self.engine, *_ = deepspeed.initialize(
@@ -164,8 +171,10 @@ class Trainer:
 
     def _backward(self, batch: Any) -> dict[str, Tensor]:
         """Run a micro-batch and back-propagate `loss`; returns the values of `metric_names`."""
-        teacher_q = None
-        if self.teacher is not None:
+        teacher_q: Projections | None = None
+        if self._beside is not None:
+            teacher_q = self._beside.start(batch.views, self.clock)
+        elif self.teacher is not None:
             with self.clock:
                 teacher_q = self.teacher(batch.views)
         with (

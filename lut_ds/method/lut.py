@@ -4,7 +4,7 @@ MAE: He et al., "Masked Autoencoders Are Scalable Vision Learners", CVPR 2022.
 LUT: "Learning with Unmasked Tokens Drives Stronger Vision Learners", ECCV 2024.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,8 @@ from lut_ds.method.degradations.base import Degradation
 from lut_ds.method.encoder import Encoder
 from lut_ds.method.masking import Masking, disjoint_masks
 from lut_ds.method.pixels import IMAGENET_MEAN, IMAGENET_STD, area_resize, normalised
+
+Projections = Sequence[Tensor] | Callable[[], Sequence[Tensor]]
 
 
 def pixel_stats(pixels: Tensor) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
@@ -135,7 +137,7 @@ class MAE(nn.Module):
         self,
         views: Sequence[Tensor],
         noise: Tensor,
-        teacher_q: Sequence[Tensor] | None = None,
+        teacher_q: Projections | None = None,
         draws: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """One micro-batch.
@@ -187,7 +189,7 @@ class LUT(MAE):
         self,
         views: Sequence[Tensor],
         noise: Tensor,
-        teacher_q: Sequence[Tensor] | None = None,
+        teacher_q: Projections | None = None,
         draws: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """One micro-batch.
@@ -195,7 +197,7 @@ class LUT(MAE):
         Args:
             views: two tensors, uint8 [B, S, S, 3] or normalised float [B, 3, S, S]; of a degradation's own side.
             noise: float [B, L] mask noise, shared by the views.
-            teacher_q: the teacher's [B, D] for each view.
+            teacher_q: the teacher's [B, D] for each view; or what gives them, called when they are needed.
             draws: float [B, 2k], uniform in [0, 1): the degradation's parameters for both views; None where it has none.
 
         Returns:
@@ -206,7 +208,8 @@ class LUT(MAE):
         masking = self.mask(noise)
         latent = encode_views(self.encoder, self.degrade(views, draws), masking.ids_keep)
         mae = self.reconstruct(views[0], latent[: len(noise)], masking, draws)
-        bc = bc_loss(self.predict(latent), teacher_q)
+        predicted = self.predict(latent)
+        bc = bc_loss(predicted, teacher_q() if callable(teacher_q) else teacher_q)
         loss = self.w_mae * mae + self.w_bc * bc
         return {"loss": loss, "mae": mae.detach(), "bc": bc.detach(), "feature_spread": feature_spread(pool(latent))}
 

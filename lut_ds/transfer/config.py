@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from lut_ds.config import (
     Area,
+    Batches,
     Decay,
     Fraction,
     Guard,
@@ -18,7 +19,6 @@ from lut_ds.config import (
     Run,
     Section,
     Strength,
-    Train,
     load_sections,
 )
 from lut_ds.data.randaugment import parse_randaugment
@@ -129,7 +129,7 @@ class FinetunePrecision(Precision):
     """Replica of the average (optim.ema_decay), which is what is evaluated."""
 
 
-class FinetuneTrain(Train):
+class FinetuneTrain(Batches):
     """How long, in which batches, and how it is distributed."""
 
     epochs: Positive = 100

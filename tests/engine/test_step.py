@@ -110,6 +110,17 @@ def test_the_check_finds_what_waits() -> None:
             wait()
 
 
+def test_a_teacher_beside_the_student_changes_nothing(ranks: Ranks) -> None:
+    """On a CPU the switch does nothing; on a GPU the teacher's stream must be waited for at both ends."""
+    curves = []
+    for beside in (False, True):
+        trainer = trainer_of(ranks, "zero1", ("bf16", "bf16"), overlap_teacher=beside)
+        steps = [trainer.update(batches(trainer, ranks, step), 1e-3, 0.9) for step in range(3)]
+        curves.append(torch.stack([step[:4] for step in steps]).cpu())
+        trainer.engine.destroy()
+    torch.testing.assert_close(curves[0], curves[1], rtol=0 if ranks.device.type == "cpu" else 1e-2, atol=0)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("stage", ["zero1", "zero2"])
 def test_a_step_on_a_gpu_waits_for_nothing(ranks: Ranks, stage: str) -> None:

@@ -70,6 +70,8 @@ def test_weights_of_the_losses() -> None:
     views, noise = draw()
     teacher_q = make_teacher()(views)
     out = make_lut(w_mae=0.5, w_bc=2.0)(views, noise, teacher_q)
+    later = make_lut(w_mae=0.5, w_bc=2.0)(views, noise, lambda: teacher_q)
+    assert torch.equal(out["loss"], later["loss"]), "projections that come when they are needed are the same"
     torch.testing.assert_close(out["loss"].detach(), 0.5 * out["mae"] + 2.0 * out["bc"])
 
 
