@@ -43,6 +43,8 @@ def report(runs: Sequence[str], output: str | None = None, run_analyses: bool = 
     path = Path(output) if output else (found[0].path / ONE if len(found) == 1 else Path(SEVERAL))
     if path.is_dir():
         raise UserError(f"--output: {path}: expected a file to write, found a folder; name a file in it")
+    if output and path.is_file() and not path.read_bytes()[:15].lower().startswith(b"<!doctype html"):
+        raise UserError(f"--output: {path}: expected a new file or an earlier page, found another file; name another")
     if any(parent.exists() and not parent.is_dir() for parent in path.parents):
         raise UserError(f"--output: {path}: expected a path of folders, found a file among them; name another file")
     if run_analyses:

@@ -13,7 +13,6 @@ from lut_kernels.checks import expect_dtype, expect_shape
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = torch.finfo(E4M3).max  # 448
-MULTIPLE = 16  # what the tensor cores' product needs both widths to be divisible by
 CAPABILITY = (8, 9)
 _SMALLEST = 2.0**-120  # a row of zeros has some scale too
 

@@ -15,12 +15,12 @@ from lut_ds.data.progress import progress_bar
 SHOWN = 8  # images in the figure
 
 
-def attention_to_patches(probabilities: Tensor, prefix: int) -> Tensor:
+def attention_to_patches(probabilities: Tensor, prefix: int, cls: bool) -> Tensor:
     """Attention [B, H, N, N] from the cls token to each patch, [B, H, L], normalised to sum to one over the patches.
 
     A model without a cls token: the mean over the patches that ask.
     """
-    rows = probabilities[:, :, 0] if prefix else probabilities.mean(dim=2)
+    rows = probabilities[:, :, 0] if cls else probabilities[:, :, prefix:].mean(dim=2)
     weights = rows[..., prefix:]
     return weights / weights.sum(-1, keepdim=True).clamp_min(1e-30)
 
@@ -39,11 +39,12 @@ def measure(subject: Subject) -> Found:
     """
     check_attention(subject.model, subject.name)
     depth, patches = len(subject.model.blocks), math.prod(subject.grid)
+    cls = subject.model.cls_token is not None  # registers come before the patches too
     entropies: list[list[Tensor]] = [[] for _ in range(depth)]
     maps: list[Tensor] = []
 
     def visit(index: int, call: AttentionCall) -> None:
-        weights = attention_to_patches(call.probabilities(), subject.prefix)
+        weights = attention_to_patches(call.probabilities(), subject.prefix, cls)
         entropies[index].append(torch.special.entr(weights).sum(-1).double().cpu())
         if index == depth - 1 and sum(map(len, maps)) < SHOWN:
             maps.append(weights.unflatten(2, subject.grid).cpu())
@@ -58,7 +59,7 @@ def measure(subject: Subject) -> Found:
     entropy = torch.stack([torch.cat(parts) for parts in entropies])  # [layers, images, heads]
     numbers = {
         "images": len(subject.pixels),
-        "query": "cls" if subject.prefix else "mean of patches",
+        "query": "cls" if cls else "mean of patches",
         "patches": patches,
         "entropy": as_lists(entropy.mean(dim=1) / math.log(patches)),
         "effective_patches": as_lists(entropy.exp().mean(dim=(1, 2))),

@@ -107,7 +107,9 @@ def _draw_metric(axis: Axes, runs: Sequence[tuple[str, Records]], key: str, them
     for (name, records), (colour, style) in zip(runs, theme.series(len(runs)), strict=True):
         end = max(end, float(records[-1]["epoch"]))
         known = [record for record in records if key in record]
-        axis.plot([], [], color=colour, linestyle=style, label=name)  # in the legend, whatever this panel holds
+        axis.plot(
+            [], [], color=colour, linestyle=style, label=name.replace("$", r"\$")
+        )  # in the legend, whatever this panel holds
         if not known:
             continue
         epoch, mean, low, high = binned(known, key)

@@ -75,13 +75,14 @@ def evaluations(runs: Sequence[RunRecord]) -> page.Section | None:
     """What each run was found to be worth; None where none was evaluated."""
     numbers = {run.name: headline(run) for run in runs}
     keys = list(dict.fromkeys(key for found in numbers.values() for key in found))
-    if not keys:
+    if not keys and not any(run.evaluations for run in runs):
         return None
     names = [run.name for run in runs]
     rows = [[key, *(f"{numbers[n][key]:.2f}" if key in numbers[n] else ABSENT for n in names)] for key in keys]
-    body = page.table(["", *names] if len(runs) > 1 else ["", "value"], rows, "Accuracies in per cent.")
+    heads = ["", *names] if len(runs) > 1 else ["", "value"]
+    body = page.table(heads, rows, "Accuracies in per cent.") if keys else ""
     for run in runs:
-        pictures = "".join(page.picture(draw, alt, said) for draw, alt, said in _evaluated(run))
+        pictures = "".join(_shown(*each) for each in _evaluated(run))
         pictures += _predictions(run)
         pictures += "".join(
             page.folded(f"{folder}: all that was found", page.facts(flat(found)))
@@ -89,6 +90,14 @@ def evaluations(runs: Sequence[RunRecord]) -> page.Section | None:
         )
         body += page.part(run.name, pictures) if len(runs) > 1 and pictures else pictures
     return page.Section("Evaluations", body)
+
+
+def _shown(draw: Draw, alt: str, said: str) -> str:
+    """A picture, or what is wrong with the results.json that it should show: other code may have written it."""
+    try:
+        return page.picture(draw, alt, said)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        return page.note(f"No picture of {alt}: its results.json is incomplete ({type(error).__name__}: {error})")
 
 
 def _evaluated(run: RunRecord) -> list[tuple[Draw, str, str]]:

@@ -71,7 +71,10 @@ class RunRecord:
     def steps(self) -> int:
         """Steps asked for."""
         train = self.recipe.get("train", {})
-        whole = round(train.get("epochs", self.epoch) * self.step / self.epoch) if self.epoch else self.step
+        if "iterations" in train:
+            whole = int(train["iterations"])
+        else:
+            whole = round(train.get("epochs", self.epoch) * self.step / self.epoch) if self.epoch else self.step
         return min(whole, train.get("max_steps") or whole)
 
     @property

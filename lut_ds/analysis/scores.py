@@ -1,5 +1,6 @@
 """The numbers by which runs are compared: the main ones of each evaluation that a run folder holds."""
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,8 +16,9 @@ def headline(run: RunRecord) -> dict[str, float]:
     """The main numbers of each evaluation by name, per cent."""
     found: dict[str, float] = {}
     for folder, results in run.evaluations.items():
-        for key, value in _main(results).items():
-            found[f"{NAMES.get(folder, folder)} {key}"] = value
+        with contextlib.suppress(LookupError, TypeError, ValueError, AttributeError):  # incomplete: the page says so
+            for key, value in _main(results).items():
+                found[f"{NAMES.get(folder, folder)} {key}"] = value
     if isinstance(knn := run.results.get("knn"), dict):
         for name, value in knn.get("top1", {}).items():
             found[f"demo's k-NN top-1, {name.replace('_', ' ')}"] = value

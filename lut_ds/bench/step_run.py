@@ -70,7 +70,7 @@ def synthetic_batches(recipe: Recipe, batch: int, device: torch.device) -> Itera
     """Endless uint8 views [b, S, S, 3] of noise on the device, several sets in rotation."""
     draws = draws_per_sample(recipe)
     m, generator = recipe.model, torch.Generator().manual_seed(recipe.run.seed)
-    shape = (batch, m.image_size, m.image_size, 3)
+    shape = (batch, recipe.view_side, recipe.view_side, 3)
     sets = [
         Synthetic(
             [torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator).to(device) for _ in views],

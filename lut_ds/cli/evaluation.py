@@ -11,7 +11,7 @@ def export(args: argparse.Namespace) -> Answer:
     """Write the encoder for timm, for transformers, or as a program, with a model card."""
     from lut_ds.transfer.interchange import export
 
-    result = export(args.source, "ema" if args.ema else "student", args.output, args.format, args.heads)
+    result = export(args.source, args.kind, args.output, args.format, args.heads)
     if args.format != "timm":
         told = result.get("difference")
         checked = "" if told is None else f"; run from the file, it differs by {told:.1e} of the largest value"
@@ -174,8 +174,14 @@ def add(commands: Commands) -> None:
         help="timm (default); hf: a ViTModel of transformers; or a program (these take any encoder that `lut-ds knn` does)",
     )
     which = sub.add_mutually_exclusive_group()
-    which.add_argument("--ema", action="store_true", default=True, help="the EMA teacher's weights (default)")
-    which.add_argument("--student", dest="ema", action="store_false", help="the student's weights")
+    which.add_argument(
+        "--ema",
+        dest="kind",
+        action="store_const",
+        const="ema",
+        help="the EMA teacher's weights (default if there are any)",
+    )
+    which.add_argument("--student", dest="kind", action="store_const", const="student", help="the student's weights")
     sub.add_argument("--heads", type=positive, help="attention heads of a .pth file whose size is not published")
     sub.add_argument("-o", "--output", required=True, metavar="DIR", help="folder to write")
     sub = commands.add(finetune)

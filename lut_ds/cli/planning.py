@@ -46,9 +46,9 @@ def plan(args: argparse.Namespace) -> Answer:
 def _rate(text: str) -> float:
     """Gbit/s, for argparse."""
     with contextlib.suppress(ValueError):
-        if 0 < float(text) < 1e5:
+        if 1e-3 <= float(text) < 1e5:
             return float(text)
-    raise argparse.ArgumentTypeError(f"expected Gbit/s above 0, found {text!r}")
+    raise argparse.ArgumentTypeError(f"expected Gbit/s from 0.001, found {text!r}")
 
 
 def add(commands: Commands) -> None:

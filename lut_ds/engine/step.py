@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lut_ds.config import Recipe, RunRecipe
 from lut_ds.engine.beside import BesideTeacher
-from lut_ds.engine.build import build_student, build_teacher, compile_blocks
+from lut_ds.engine.build import build_student, build_teacher, check_fp8, compile_blocks
 from lut_ds.engine.ds_config import load_ds_config, resolve_ds_config, zero_stage
 from lut_ds.engine.ema import WeightEMA
 from lut_ds.engine.guards.spike import LossWindow
@@ -64,6 +64,7 @@ class Learner(NamedTuple):
 
 def pretraining(recipe: Recipe, device: torch.device) -> Learner:
     """Student and teacher of a pre-training recipe, on the device."""
+    check_fp8(recipe, device)
     student = build_student(recipe).to(device)
     teacher = build_teacher(recipe, student, device)
     names = ("loss", "mae", "bc", "feature_spread") if teacher is not None else ("loss", "mae", "feature_spread")

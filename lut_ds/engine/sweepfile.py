@@ -149,7 +149,7 @@ def _changes(value: Any, where: str) -> dict[str, Any]:
 
 def _words(changes: Mapping[str, Any]) -> list[str]:
     """As on the command line; JSON is YAML, and keeps what is text text."""
-    return [f"{key}={json.dumps(value)}" for key, value in changes.items()]
+    return [f"{key}={json.dumps(value, default=str)}" for key, value in changes.items()]
 
 
 def _seeds(value: Any, where: str) -> list[int]:

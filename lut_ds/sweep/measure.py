@@ -37,7 +37,7 @@ BATCH = 256
 def learned(recipe: Recipe) -> dict[str, Any]:
     """What of a recipe decides the weights that come out: JSON values by section."""
     tree = json.loads(recipe.model_dump_json())
-    free = FREE - {"train.max_steps"}
+    free = FREE - {"train.max_steps", "precision.teacher"}
     kept = {name: section for name, section in tree.items() if name not in ("guard", "run")}
     sections = {
         name: {key: value for key, value in section.items() if f"{name}.{key}" not in free}

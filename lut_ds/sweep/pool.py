@@ -67,7 +67,8 @@ def run_jobs(
                 job, slot = waiting.pop(0), slots.pop(0)
                 own = {"CUDA_VISIBLE_DEVICES": devices[slot % len(devices)]} if devices else {}
                 process = context.Process(target=job.function, args=(*job.arguments, job.log, own), name=job.title)
-                process.start()
+                with _set(own):  # before it imports: DeepSpeed's import asks CUDA, which reads its variables once
+                    process.start()
                 working[process] = (job, slot, time.monotonic())
             connection.wait([process.sentinel for process in working], timeout=_POLL)
             if stop.requested and not asked:
@@ -98,6 +99,21 @@ def _devices() -> list[str]:
         return []
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     return visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
+
+
+@contextmanager
+def _set(values: Mapping[str, str]) -> Iterator[None]:
+    """Variables that a child starts with."""
+    before = {key: os.environ.get(key) for key in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for key, value in before.items():
+            if value is None:
+                del os.environ[key]
+            else:
+                os.environ[key] = value
 
 
 @contextmanager

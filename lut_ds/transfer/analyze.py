@@ -123,7 +123,7 @@ def _prepare(request: Request, other: str | None, only: Sequence[str], images: i
             raise UserError(f"--pool: expected a model with a cls token, found none in {name}; take --pool mean")
     data = request.data or own_data(request.source)
     train, val = _open(data, labels_needed="layers" in only)
-    output = request.folders("analysis" if other is None else f"analysis_with_{list(models)[1]}")[0]
+    output = request.folders("analysis" if other is None else f"analysis_with_{list(models)[1].replace('/', '_')}")[0]
     if output.is_file():
         raise UserError(f"output: {output}: expected a folder, found a file; name another")
     return Scene(request, models, train, val, (spread(train, train_images), spread(val, images)), output)

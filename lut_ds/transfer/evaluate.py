@@ -147,7 +147,8 @@ def own_data(source: str) -> str:
         raise UserError("--data: expected a folder with train/<class>/ and val/<class>/, found none; name it")
     path = find_checkpoint(source).recipe.data.path
     inside = run / "data"  # the demo's own digits; their path, as the recipe has it, may be relative to another folder
-    return str(inside) if inside.is_dir() and (path is None or not Path(path).exists()) else str(path)
+    elsewhere = path is not None and Path(path).is_absolute() and Path(path).exists()
+    return str(inside) if inside.is_dir() and not elsewhere else str(path)
 
 
 def _run_folder(source: str) -> Path | None:

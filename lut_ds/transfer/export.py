@@ -120,7 +120,7 @@ def export_timm(source: str | Path, kind: Kind, output: str | Path, heads: int |
     """
     origin = _published(source, kind, heads) if Path(source).is_file() else _trained(source, kind)
     folder = Path(output).absolute()
-    check_output(folder)
+    check_output(folder, source)
     architecture, model_args = timm_architecture(origin.model)
     write_timm(folder, {**timm_config(origin.model), "lut_ds": origin.about}, origin.encoder.state_dict())
     weights = folder / WEIGHTS
@@ -180,14 +180,33 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def check_output(folder: Path) -> None:
-    """UserError unless the folder is new or empty, or holds an earlier export and nothing else."""
+def check_output(folder: Path, source: str | Path) -> None:
+    """UserError unless the folder is new or empty, or holds an earlier export, which is not the source, and nothing else."""
     if folder.is_file():
         raise UserError(f"output: {folder}: expected a folder, found a file; name another")
+    named = str(source).split(":", 2)
+    origin = Path(named[-1] if named[0] == "timm" and len(named) == 3 else source).resolve()
+    if origin.exists() and folder.resolve() in (origin, origin.parent if origin.is_file() else origin):
+        raise UserError(f"output: {folder}: is what is exported, and would be replaced; name another folder")
+    _check_ours(folder)
     strangers = sorted({p.name for p in folder.iterdir()} - FILES) if folder.is_dir() else []
     if strangers:
         raise UserError(
             f"output: {folder}: expected a new or empty folder, or an earlier export, found {strangers[0]} in it; name another"
+        )
+
+
+def _check_ours(folder: Path) -> None:
+    """UserError for a config.json that no export wrote: another model's, or that of a trained classifier or segmenter."""
+    try:
+        config = json.loads((folder / CONFIG).read_text())
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError):
+        config = None
+    if not isinstance(config, dict) or "lut_ds" not in config or config.get("num_classes") or "segmenter" in config:
+        raise UserError(
+            f"output: {folder}: expected a new or empty folder, or an earlier export, found another model; name another"
         )
 
 

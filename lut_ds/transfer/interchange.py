@@ -7,6 +7,7 @@ from typing import Any
 from safetensors.torch import save_file
 
 from lut_ds.analysis.figures import write_aside
+from lut_ds.errors import UserError
 from lut_ds.transfer.card import model_card
 from lut_ds.transfer.export import (
     CARD,
@@ -40,13 +41,13 @@ _LOADING = {
 }
 
 
-def export(source: str, kind: Kind, output: str, form: str = "timm", heads: int | None = None) -> dict[str, Any]:
+def export(source: str, kind: Kind | None, output: str, form: str = "timm", heads: int | None = None) -> dict[str, Any]:
     """Write an encoder and its model card (README.md).
 
     Args:
         source: for timm a run, a checkpoint or a .pth file of the published LUT or MAE code; for the others whatever
             `load_model` takes.
-        kind: whose weights, where there are two.
+        kind: whose weights, where there are two; None takes the average where there is one (for timm it must be there).
         output: folder; new, empty, or an earlier export, which is replaced whole.
         form: one of FORMATS.
         heads: attention heads of a file whose size is not published.
@@ -60,13 +61,13 @@ def export(source: str, kind: Kind, output: str, form: str = "timm", heads: int 
         RunFault: the folder cannot be written, or a program computes something else.
     """
     if form == "timm":
-        result = export_timm(source, kind, output, heads)
-        found = load_model(source, kind, heads=heads)
+        result = export_timm(source, kind or "ema", output, heads)
+        found = load_model(source, kind or "ema", heads=heads)
         card = model_card(source, found, "timm", _LOADING[form], _about(source, found))
         return {**result, "format": form, "card": str(write_aside(Path(output).absolute() / CARD, card.encode()))}
     folder = Path(output).absolute()
     check_packages(form)
-    check_output(folder)
+    check_output(folder, source)
     found = load_model(source, kind, heads=heads)
     about = _about(source, found)
     library = "transformers" if form == "hf" else "torch"
@@ -87,6 +88,12 @@ def export(source: str, kind: Kind, output: str, form: str = "timm", heads: int 
 
 def _write_hf(folder: Path, found: Pretrained, about: dict[str, Any]) -> None:
     tensors = vit_names(found.model.state_dict())
+    positions, patches = tensors["embeddings.position_embeddings"].shape[1], found.model.patch_embed.num_patches
+    if positions != 1 + patches:
+        raise UserError(
+            f"--format hf: expected a position for the cls token and each of {patches} patches, found {positions}, which "
+            "ViTModel cannot hold; take --format torch-export"
+        )
     save_file(tensors, folder / WEIGHTS, {"format": "pt"})
     (folder / CONFIG).write_text(json.dumps(vit_config(found, about), indent=1) + "\n")
     (folder / PREPROCESSOR).write_text(json.dumps(preprocessor_config(found), indent=1) + "\n")

@@ -122,6 +122,10 @@ def _pretrained(
 
 
 def _from_run(path: Path, kind: Kind | None) -> Pretrained:
+    if (path / "best" / "config.json").is_file():
+        raise UserError(
+            f"checkpoint: {path}: expected a pre-training run, found one of finetune or segment; name {path / 'best'}"
+        )
     checkpoint = find_checkpoint(path)
     kind = kind or checkpoint.kinds[-1]
     encoder = load_encoder(checkpoint, kind)

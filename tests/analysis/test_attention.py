@@ -118,7 +118,7 @@ def test_maps_are_the_cls_rows_over_the_patches():
     calls, _ = watched(model, next(shown.batches()))
     p = calls[-1].probabilities()
     expected = p[:, :, 0, 2:] / p[:, :, 0, 2:].sum(-1, keepdim=True)
-    torch.testing.assert_close(attention_to_patches(p, 2), expected)
+    torch.testing.assert_close(attention_to_patches(p, 2, cls=True), expected)
     found = attention_maps.measure(shown)
     np.testing.assert_allclose(found.arrays["maps"], expected.reshape(8, 3, 4, 4).detach().numpy(), atol=1e-6)
     assert found.numbers["query"] == "cls"
@@ -128,7 +128,9 @@ def test_maps_are_the_cls_rows_over_the_patches():
 
 def test_without_a_cls_token_maps_are_the_mean_of_what_patches_look_at():
     p = torch.rand(2, 3, 9, 9).softmax(-1)
-    torch.testing.assert_close(attention_to_patches(p, 0), p.mean(dim=2))
+    torch.testing.assert_close(attention_to_patches(p, 0, cls=False), p.mean(dim=2))
+    rows = p[:, :, 2:, 2:].mean(dim=2)  # registers do not ask, and are not looked at
+    torch.testing.assert_close(attention_to_patches(p, 2, cls=False), rows / rows.sum(-1, keepdim=True))
 
 
 def test_two_models_share_a_figure():

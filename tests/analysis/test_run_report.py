@@ -7,6 +7,7 @@ import platform
 import re
 import shutil
 import time
+from pathlib import Path
 
 import pytest
 import yaml
@@ -17,6 +18,8 @@ from lut_ds.analysis.figures import LIGHT
 from lut_ds.analysis.report import summarise
 from lut_ds.analysis.runs import read_runs, short_names, status, stored_analyses
 from lut_ds.cli import main
+from lut_ds.errors import UserError
+from lut_ds.report import report
 from lut_ds.transfer.config import FinetuneRecipe
 from tests.analysis.test_report import parse
 
@@ -165,6 +168,24 @@ def test_what_became_of_a_run(tmp_path, steps, events, lock, state):
 def test_a_run_that_was_to_end_early_is_done_then(tmp_path):
     run = write_run(tmp_path / "run", {**MAE, "train": {**MAE["train"], "max_steps": 12}}, 12)
     assert status(read_runs([str(run)])[0]).text == "done: 12 of 12 steps"
+
+
+def test_a_segmentation_counts_iterations_not_epochs(tmp_path):
+    recipe = {"data": {"stride": 1}, "train": {"iterations": 500, "global_batch": 8}}
+    run = write_run(tmp_path / "run", recipe, 50, [{"event": "stopped", "step": 50, "by": "SIGTERM"}])
+    found = status(read_runs([str(run)])[0])
+    assert (found.state, "50 of 500 steps" in found.text) == ("stopped", True)
+
+
+def test_an_incomplete_result_is_said_and_other_files_are_not_replaced(tmp_path):
+    run = write_run(tmp_path / "run", MAE, 12)
+    (run / "evaluations" / "knn").mkdir(parents=True)
+    (run / "evaluations" / "knn" / "results.json").write_text('{"evaluation": "knn", "top1": {"5": 1.0, "9": null}}')
+    text = report([str(run)])["file"]
+    assert "its results.json is incomplete" in Path(text).read_text()
+    with pytest.raises(UserError, match=r"recipe\.yaml: expected a new file or an earlier page"):
+        report([str(run)], str(run / "recipe.yaml"))
+    report([str(run)])  # over its own earlier page
 
 
 def test_a_lock_that_was_left_behind_is_no_run(tmp_path):

@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from lut_ds.bench.planner.devices import DEVICES, usable_bytes
 from lut_ds.bench.planner.fit import Fitter
 from lut_ds.bench.planner.timing import Cluster, step_time
 from lut_ds.cli import build_parser, main
-from lut_ds.config import load_recipe
+from lut_ds.config import load_recipe, recipe_folder
 from lut_ds.errors import UserError
 
 
@@ -117,9 +118,11 @@ REFUSALS = {
     ),
     "stage 0 in bf16": ("lut_vitl16 --gpus 8 --gpu h100 train.deepspeed=zero0", ["precision.compute=fp32"]),
     "too few images": ("lut_vitl16 --gpus 8 --gpu h100 --images 100", ["--images", "4096"]),
-    "no rate": ("lut_vits16 --gpus 8 --gpu h100 --net fast", ["Gbit/s above 0", "fast"]),
+    "no rate": ("lut_vits16 --gpus 8 --gpu h100 --net fast", ["Gbit/s from 0.001", "fast"]),
     "no folder": ("lut_vits16 --gpus 8 --gpu h100 --plot /nowhere/at/all.png", ["/nowhere/at/all.png"]),
     "no picture": ("lut_vits16 --gpus 8 --gpu h100 --plot scaling.pdf", [".png", "scaling.pdf"]),
+    "no fp8 there": ("lut_vitl16 --gpus 64 --gpu a100-40 precision.teacher=fp8", ["a100-40 has no fp8 tensor cores"]),
+    "a lone image": ("lut_vitl16 --gpus 1 --gpu h100 train.micro_batch=1", ["batch norm in the heads", "head_norm=ln"]),
     "no measurement": ("lut_vitl16 --gpus 8 --gpu h100 --measured /nowhere.json", ["/nowhere.json"]),
 }
 
@@ -129,6 +132,19 @@ def test_a_refusal_says_what_fits(words: str, named: list[str]) -> None:
     line = refused(*words.split())
     for text in named:
         assert text in line
+
+
+def test_a_lone_gpu_is_not_limited_by_the_network() -> None:
+    found = planned("mae_vith14", "--gpus", 1, "--gpu", "h100", "train.global_batch=16", "train.micro_batch=null")
+    assert found["limit"] != "network"
+
+
+def test_the_words_to_paste_give_the_planned_run(tmp_path: Path) -> None:
+    tree = yaml.safe_load((recipe_folder() / "lut_vitl16.yaml").read_text())
+    tree.setdefault("train", {})["activation_checkpointing"] = True
+    (tmp_path / "copy.yaml").write_text(yaml.safe_dump(tree))
+    words = planned(tmp_path / "copy.yaml", "--gpus", 64, "--gpu", "h100")["chosen"]["overrides"]
+    assert "train.activation_checkpointing=false" in words
 
 
 def test_what_a_refusal_names_does_fit() -> None:

@@ -15,6 +15,7 @@ import torch
 import yaml
 
 from lut_ds.engine.files import describe_file
+from lut_ds.engine.manifest import step_folders, verify
 from lut_ds.tracking import read_events, read_metrics
 from tests.engine.launching import ROOT, Process, run_ranks, start_ranks
 from tests.engine.tiny import tiny_tree
@@ -73,14 +74,17 @@ def test_kill_at_a_random_step_continues_bit_identically(
     recipe, run = write_recipe(tmp_path, digits, tmp_path / "run", deepspeed=zero), tmp_path / "run"
     processes = start_ranks(command(recipe), 2)
     wait_for_records(run, random.randint(5, STEPS - 3), processes)
+    deadline = time.monotonic() + 60
+    while not (run / "checkpoints" / "latest").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)  # it is written beside the steps
     time.sleep(random.uniform(0, 0.1))
     for process in processes:
         process.kill()
     for process in processes:
         process.communicate()
-    assert len(curve(run)) < STEPS
+    kept = next(int(f.name.removeprefix("step_")) for f in step_folders(run / "checkpoints") if verify(f) is None)
     (out, _), _ = run_ranks(command(recipe), 2)
-    assert json.loads(out)["resumed_from"] >= 4
+    assert json.loads(out)["resumed_from"] == kept >= 4
     assert curve(run) == undisturbed[zero]
 
 

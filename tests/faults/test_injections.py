@@ -11,7 +11,7 @@ from tests.faults import injections
 from tests.faults.namespaces import mounting_works
 from tests.faults.victim import SAVE_EVERY, Victim, undisturbed
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("faults")]
+pytestmark = pytest.mark.slow
 mounts = pytest.mark.skipif(not mounting_works(), reason="needs a mount namespace: root, or user namespaces")
 
 

@@ -20,7 +20,6 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.slurm,
     pytest.mark.skipif(bool(MISSING), reason=WHY),
-    pytest.mark.xdist_group("slurm"),
 ]
 STEPS = 80
 

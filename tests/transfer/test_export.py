@@ -10,6 +10,7 @@ from lut_ds.errors import UserError
 from lut_ds.method.encoder import Encoder
 from lut_ds.method.lut import pool
 from lut_ds.transfer.export import ARCHITECTURES, export_timm, timm_architecture, timm_config
+from lut_ds.transfer.interchange import export
 from lut_ds.transfer.load import find_checkpoint, load_encoder
 
 
@@ -114,6 +115,23 @@ def test_an_earlier_export_is_replaced_and_other_folders_are_left_alone(lut_run,
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match="found a file"):
         export_timm(lut_run, "ema", tmp_path / "file")
+
+
+def test_what_is_exported_and_other_models_are_not_replaced(lut_run, tmp_path):
+    export_timm(lut_run, "ema", tmp_path / "ours")
+    before = sorted(path.read_bytes() for path in (tmp_path / "ours").iterdir())
+    with pytest.raises(UserError, match=r"ours: is what is exported, and would be replaced; name another"):
+        export(str(tmp_path / "ours"), None, str(tmp_path / "ours"), "torchscript")
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    (theirs / "config.json").write_text('{"model_type": "vit"}')
+    with pytest.raises(UserError, match=r"theirs: expected a new or empty folder.*found another model"):
+        export_timm(lut_run, "ema", theirs)
+    config = json.loads((tmp_path / "ours" / "config.json").read_text())
+    (tmp_path / "ours" / "config.json").write_text(json.dumps({**config, "num_classes": 3}))
+    with pytest.raises(UserError, match="found another model"):
+        export_timm(lut_run, "ema", tmp_path / "ours")
+    assert len(before) == len(list((tmp_path / "ours").iterdir()))
 
 
 def test_an_mae_run_exports_its_student_only(mae_run, tmp_path):

@@ -39,6 +39,7 @@ def assumptions(
             "fused attention and loss kernels; checked against what autograd keeps on a CPU, where compiled blocks keep as much as "
             "others, and not on a GPU"
         ),
+        "teacher": "fp8 products are counted at the rate of bf16, fp32 beside a bf16 student at half of it (TF32)",
         "host": f"{d.LAUNCH * 1e6:g} us a kernel; a step waits for the host where its kernels are shorter",
         "optimizer": f"AdamW and EMA at {d.MEMORY_EFFICIENCY:.0%} of {device.memory_rate / 1e12:g} TB/s, hidden behind nothing",
         "data": "the loader keeps up, saves cost nothing, no restart; compilation and start-up are not counted",

@@ -25,12 +25,13 @@ class Device:
     link: float
     net: float
     mfu: tuple[float, float]
+    fp8: bool = True
 
 
 # MFU from published anchors: NeMo ViT g/14 44 % on A100, 27-29 % on H100; torchtitan 33-39 % on H100.
 DEVICES = {
-    "a100-40": Device("A100", 39.4, 312e12, 19.5e12, 1.555e12, 300e9, 200, (0.35, 0.44)),
-    "a100-80": Device("A100", 79.2, 312e12, 19.5e12, 2.039e12, 300e9, 200, (0.35, 0.44)),
+    "a100-40": Device("A100", 39.4, 312e12, 19.5e12, 1.555e12, 300e9, 200, (0.35, 0.44), fp8=False),
+    "a100-80": Device("A100", 79.2, 312e12, 19.5e12, 2.039e12, 300e9, 200, (0.35, 0.44), fp8=False),
     "h100": Device("H100", 79.1, 989e12, 67e12, 3.35e12, 450e9, 400, (0.27, 0.35)),
     "h200": Device("H200", 139.0, 989e12, 67e12, 4.8e12, 450e9, 400, (0.27, 0.35)),
 }

@@ -10,6 +10,7 @@ from lut_ds.config import Recipe
 from lut_ds.engine.activations import with_checkpointing
 from lut_ds.engine.ds_config import load_ds_config, zero_stage
 from lut_ds.engine.memory import Memory, memory
+from lut_ds.engine.step import check_batch_norm
 from lut_ds.errors import UserError
 
 STAGES = (0, 1, 2, 3)
@@ -28,6 +29,7 @@ class Way:
     accumulation: int
     memory: Memory
     time: StepTime
+    written: Recipe  # before anything was chosen
 
     @property
     def stage(self) -> int:
@@ -41,8 +43,15 @@ class Way:
 
     def words(self) -> str:
         """For a sentence, as overrides of the recipe."""
-        flags = f"train.deepspeed=zero{self.stage} train.micro_batch={self.micro_batch}"
-        return flags + (" train.activation_checkpointing=true" if self.checkpointing else "")
+        given = self.written.train
+        own = zero_stage(load_ds_config(self.written)) == self.stage
+        words = [f"train.deepspeed={given.deepspeed if own else f'zero{self.stage}'}"]
+        if not own and given.deepspeed_override:
+            words.append("train.deepspeed_override={}")
+        words.append(f"train.micro_batch={self.micro_batch}")
+        if self.checkpointing or given.activation_checkpointing:
+            words.append(f"train.activation_checkpointing={str(self.checkpointing).lower()}")
+        return " ".join(words)
 
 
 class Fitter:
@@ -73,6 +82,7 @@ class Fitter:
             accumulation,
             held,
             step_time(recipe, config, self.cluster, micro_batch, accumulation, self.mfu),
+            self.recipe,
         )
 
     def fits(self, way: Way) -> bool:
@@ -81,7 +91,7 @@ class Fitter:
 
     def largest(self, stage: int, checkpointing: bool) -> Way | None:
         """The largest micro-batch that fits and divides a rank's images; None if not even one image does."""
-        sizes = [n for n in range(self.share, 0, -1) if self.share % n == 0 and self._enough(n)]
+        sizes = [n for n in range(self.share, 0, -1) if self.share % n == 0 and self.enough(n)]
         return next((w for w in (self.way(stage, n, checkpointing) for n in sizes) if self.fits(w)), None)
 
     def limit(self, stage: int, checkpointing: bool) -> int:
@@ -141,11 +151,15 @@ class Fitter:
         if "train.micro_batch" not in self.fixed or given is None:
             return self.largest(stage, checkpointing)
         micro = min(given, self.share)
-        return self.way(stage, micro, checkpointing) if self.share % micro == 0 and self._enough(micro) else None
+        return self.way(stage, micro, checkpointing) if self.share % micro == 0 and self.enough(micro) else None
 
-    def _enough(self, micro_batch: int) -> bool:
-        """Batch norm needs two images over all ranks."""
-        return micro_batch * self.cluster.gpus > 1 or self.recipe.method.name != "lut"
+    def enough(self, micro_batch: int) -> bool:
+        """Batch norm in the heads needs two images over all ranks."""
+        try:
+            check_batch_norm(self.recipe, micro_batch * self.cluster.gpus)
+        except UserError:
+            return False
+        return True
 
     def _at(self, stage: int, checkpointing: bool) -> tuple[Recipe, dict[str, Any]]:
         recipe = with_checkpointing(self.recipe, checkpointing)

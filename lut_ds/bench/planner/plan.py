@@ -56,6 +56,10 @@ def plan_run(recipe: Recipe, name: str, request: Request) -> dict[str, Any]:
             f"--images: expected at least train.global_batch {recipe.train.global_batch}, found {request.images}; lower train.global_batch"
         )
     check_batch(recipe, request.gpus)
+    if recipe.precision.teacher == "fp8" and not device.fp8:
+        raise UserError(
+            f"precision.teacher: {request.gpu} has no fp8 tensor cores; use precision.teacher=bf16, or --gpu h100"
+        )
     measured = measured_for(recipe, device, request.measured)
     low, expected = measured.mfu[:2] if measured else assumed_mfu(device, recipe.model.width)
     fitter = Fitter(recipe, cluster, expected, frozenset(request.fixed & set(FIXABLE)))
@@ -201,6 +205,10 @@ def refusal(fitter: Fitter, name: str, request: Request) -> str:
     share, micro = fitter.share, min(train.micro_batch or 1, fitter.share)
     if "train.micro_batch" in fitter.fixed and share % micro:
         problem = f"train.micro_batch {train.micro_batch} does not divide the {share} images of a rank"
+    elif not fitter.enough(micro if "train.micro_batch" in fitter.fixed else share):
+        problem = (
+            "batch norm in the heads needs at least 2 images of a micro-batch over all ranks, or method.head_norm=ln"
+        )
     else:
         stage = zero_stage(load_ds_config(fitter.recipe)) if "train.deepspeed" in fitter.fixed else 3
         fixed = "train.micro_batch" in fitter.fixed

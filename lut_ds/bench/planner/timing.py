@@ -47,7 +47,8 @@ class Cluster:
         """
         links = self.device.link
         if self.gpus > self.node:
-            links = min(links, self.node * self.net * 1e9 / 8)
+            fewest = self.gpus % self.node or self.node  # adapters of the node that has least: the ring is as slow
+            links = min(links, fewest * self.net * 1e9 / 8)
         return links * LINK_EFFICIENCY
 
     def latency(self) -> float:
@@ -90,9 +91,16 @@ class StepTime:
         costs = {
             "network": self.network,
             "memory": self.recompute,
-            f"global batch too small: {images} images a GPU": self.launch,
+            f"global batch too small: {images} images a GPU": self.launch + self.optimizer,
         }
         return "compute" if self.compute >= MOSTLY * self.total else max(costs, key=lambda name: costs[name])
+
+
+def _teacher_peak(recipe: Recipe, device: Device) -> float:
+    """FLOP/s of the teacher's products: fp8 is counted as bf16, fp32 beside a bf16 student runs in TF32, at half of that."""
+    if recipe.precision.teacher != "fp32":
+        return device.peak
+    return device.peak / 2 if recipe.precision.compute == "bf16" else device.peak_fp32
 
 
 def step_time(
@@ -107,12 +115,14 @@ def step_time(
     teacher = UNCOMPILED if recipe.train.compile is False else 1.0
     second = images / (peak * mfu)  # of one FLOP an image
     trained = second * student * (sum(forward.values()) - forward["teacher"])
-    compute = 3 * trained + second * teacher * forward["teacher"]
+    compute = 3 * trained + second * teacher * forward["teacher"] * peak / _teacher_peak(recipe, device)
     again = second * student * (forward["student"] + forward["decoder"])
     recompute = again if recipe.train.activation_checkpointing else 0.0
     backward = 2 * trained
     launch = max(0.0, accumulation * _launches(recipe) * LAUNCH - compute - recompute)
-    exposed, hidden = _exchanges(recipe, config, cluster, accumulation, backward, compute)
+    # Exchanges also run beside kernels that wait for the host.
+    longer = (compute + launch) / compute
+    exposed, hidden = _exchanges(recipe, config, cluster, accumulation, backward * longer, compute * longer)
     return StepTime(compute, recompute, launch, exposed, hidden, _optimizer(recipe, config, cluster))
 
 

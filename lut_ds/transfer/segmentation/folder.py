@@ -66,6 +66,7 @@ class MaskedImages:
         self._images = [path for _, path in sorted(images.items())]
         self._masks = [masks[stem] for stem in sorted(images)]
         self.classes: list[str] = []
+        self.labelled = False  # whether `check` saw a pixel of a class
 
     def __len__(self) -> int:
         return len(self._images)
@@ -135,6 +136,8 @@ class MaskedImages:
         problem = self._problem(i, (width, height), mask)
         if problem is not None:
             raise UserError(f"data: {problem}; correct the mask, data.classes or data.reduce_zero_label")
+        if not self.labelled and (self.labels.read(mask) != IGNORED).any():
+            self.labelled = True
         return height, width
 
     def _problem(self, i: int, size: tuple[int, int], mask: NDArray[np.int64]) -> str | None:

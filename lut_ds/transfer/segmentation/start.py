@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 from lut_ds.config import Model
@@ -52,6 +53,14 @@ def check_masks(sets: Sequence[MaskedImages], ranks: Ranks, threads: int) -> Non
     """
     for images in sets:
         on_all(lambda images=images: images.check(own_share(len(images), ranks), threads))  # type: ignore[misc]
+        every: list[bool] = [images.labelled] * ranks.world_size
+        if ranks.world_size > 1:
+            dist.all_gather_object(every, images.labelled)
+        if not any(every):
+            raise UserError(
+                f"data.path: {images.root}/annotations: {images.split}: expected pixels of a class, found none in any mask; "
+                "correct the masks, or data.reduce_zero_label"
+            )
 
 
 def start_model(recipe: SegmentRecipe, classes: int) -> tuple[Segmenter, Pretrained, Loaded]:

@@ -15,14 +15,14 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from lut_ds.data.scenes import CLASSES, write_scenes
-from lut_ds.engine.launch import Ranks
+from lut_ds.engine.launch import Ranks, discover_ranks, process_group
 from lut_ds.errors import UserError
 from lut_ds.method.encoder import Encoder
 from lut_ds.tracking import read_metrics
 from lut_ds.transfer.segmentation.config import load_segment_recipe, segment_folder
 from lut_ds.transfer.segmentation.evaluate import Windows, evaluate
 from lut_ds.transfer.segmentation.folder import Labels, MaskedImages, class_names
-from lut_ds.transfer.segmentation.start import load_segmenter, open_masked, recipe_for, start_model
+from lut_ds.transfer.segmentation.start import check_masks, load_segmenter, open_masked, recipe_for, start_model
 from lut_ds.transfer.segmentation.step import SegmentSchedule, pixel_loss
 from lut_ds.transfer.segmentation.upernet import resized
 from tests.engine.launching import run_ranks, start_ranks
@@ -199,6 +199,17 @@ def test_bad_data_is_one_line(tmp_path: Path, scenes: Path, change: Callable[[Pa
     with pytest.raises(UserError, match=words) as caught:
         look()
     assert "\n" not in str(caught.value)
+
+
+def test_masks_without_a_class_are_refused(tmp_path: Path, scenes: Path) -> None:
+    data = copy(scenes, tmp_path)
+    for mask in (data / "annotations/validation").iterdir():
+        with Image.open(mask) as image:
+            Image.new("L", image.size, 255).save(mask)
+    recipe = load_segment_recipe(str(write_recipe(tmp_path)), [f"data.path={data}"])
+    ranks = discover_ranks()
+    with process_group(ranks), pytest.raises(UserError, match="expected pixels of a class, found none in any"):
+        check_masks(open_masked(recipe)[:2], ranks, 2)
 
 
 def test_values_are_read_as_the_recipe_says(tmp_path: Path) -> None:
