@@ -219,6 +219,14 @@ class Batches(Section):
     compile: bool | Literal["auto"] = "auto"
     """torch.compile of the blocks (with ZeRO-3 the teacher's only); `auto`: on a GPU."""
 
+    @model_validator(mode="after")
+    def _divides(self) -> "Batches":
+        if self.micro_batch is not None and self.global_batch % self.micro_batch:
+            raise ValueError(
+                f"train.micro_batch {self.micro_batch} does not divide train.global_batch {self.global_batch}; change one of them"
+            )
+        return self
+
 
 class Train(Batches):
     """How long, in which batches, and how it is distributed."""
@@ -369,11 +377,6 @@ class Recipe(Section):
             side = "model.image_size" if view_side == self.model.image_size else "the degradation's view side"
             raise ValueError(
                 f"data.crop_pad {self.data.crop_pad} is not below {side} {view_side}, which reflection needs; lower it"
-            )
-        if self.train.micro_batch is not None and self.train.global_batch % self.train.micro_batch:
-            raise ValueError(
-                f"train.micro_batch {self.train.micro_batch} does not divide train.global_batch {self.train.global_batch}; "
-                "change one of them"
             )
         hidden = int(self.model.width * self.model.mlp_ratio)
         if self.precision.teacher == "fp8" and (self.model.width % 16 or hidden % 16):

@@ -74,6 +74,7 @@ def recipe(tmp_path: Path, digits: Path) -> Path:
         (["pretrain", "demo", "--dry-run", "--world-size", "0"], "--world-size"),
         (["pretrain", "demo", "--dry-run", "--world-size", "-1"], "--world-size"),
         (["doctor", "now"], "now"),
+        (["data", "scenes", "out", "--seed", "-3"], "--seed"),
         (["export", "run"], "-o/--output"),
         (["export", "run", "-o", "x", "--ema", "--student"], "not allowed with"),
     ],

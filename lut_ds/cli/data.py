@@ -180,7 +180,7 @@ def _add_scenes(group: Commands) -> None:
     sub.add_argument("--train", type=positive, default=240, metavar="N", help="training scenes (default: 240)")
     sub.add_argument("--val", type=positive, default=60, metavar="N", help="validation scenes (default: 60)")
     sub.add_argument("--size", type=positive, default=64, metavar="PIXELS", help="shortest side (default: 64)")
-    sub.add_argument("--seed", type=int, default=0, help="default: 0")
+    sub.add_argument("--seed", type=_seed, default=0, help="default: 0")
 
 
 def _add_shapes(group: Commands) -> None:

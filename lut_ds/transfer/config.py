@@ -159,11 +159,6 @@ class FinetuneRecipe(Section):
 
     @model_validator(mode="after")
     def _combine(self) -> "FinetuneRecipe":
-        if self.train.micro_batch is not None and self.train.global_batch % self.train.micro_batch:
-            raise ValueError(
-                f"train.micro_batch {self.train.micro_batch} does not divide train.global_batch {self.train.global_batch}; "
-                "change one of them"
-            )
         if self.optim.warmup_epochs > 0 and self.optim.warmup_epochs >= self.train.epochs:
             raise ValueError(
                 f"optim.warmup_epochs {self.optim.warmup_epochs} is not below train.epochs {self.train.epochs}; change one of them"

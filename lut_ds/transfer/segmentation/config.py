@@ -136,11 +136,6 @@ class SegmentRecipe(Section):
 
     @model_validator(mode="after")
     def _combine(self) -> "SegmentRecipe":
-        if self.train.micro_batch is not None and self.train.global_batch % self.train.micro_batch:
-            raise ValueError(
-                f"train.micro_batch {self.train.micro_batch} does not divide train.global_batch {self.train.global_batch}; "
-                "change one of them"
-            )
         if self.stride > self.model.image_size:
             raise ValueError(
                 f"data.stride {self.stride} is above model.image_size {self.model.image_size}: windows would leave gaps; lower it"
