@@ -6,6 +6,7 @@ unknown keys at any depth are errors here, and what the recipe decides cannot be
 
 import difflib
 import json
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -107,8 +108,13 @@ def load_ds_config(recipe: RunRecipe) -> dict[str, Any]:
     return config
 
 
-def resolve_ds_config(config: dict[str, Any], recipe: RunRecipe, micro_batch: int, accumulation: int) -> dict[str, Any]:
+def resolve_ds_config(
+    config: dict[str, Any], recipe: RunRecipe, micro_batch: int, accumulation: int, world_size: int
+) -> dict[str, Any]:
     """Everything DeepSpeed is given: the validated file plus batch sizes, precision and clipping from the recipe."""
+    if zero_stage(config) in (1, 2):
+        zero = config["zero_optimization"]
+        config = {**config, "zero_optimization": {**zero, "overlap_comm": overlaps(zero, world_size)}}
     resolved = {
         **config,
         "train_micro_batch_size_per_gpu": micro_batch,
@@ -210,6 +216,14 @@ def _check_values(config: dict[str, Any], recipe: RunRecipe, origin: str) -> Non
             f"DeepSpeed configuration {origin}: stage 0 with precision.compute=bf16 keeps no fp32 masters; use train.deepspeed=zero1, "
             "or precision.compute=fp32"
         )
+
+
+def overlaps(zero: Mapping[str, Any], world_size: int) -> bool:
+    """Whether stage 1 or 2 sends gradients during the backward pass, given the `zero_optimization` section.
+
+    Not on one rank, which has nothing to send: after every backward pass DeepSpeed would wait for the device all the same.
+    """
+    return bool(zero.get("overlap_comm", False)) and world_size > 1
 
 
 def zero_stage(config: dict[str, Any]) -> int:

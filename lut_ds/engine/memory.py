@@ -15,7 +15,7 @@ from torch import nn
 from lut_ds.config import Recipe
 from lut_ds.engine.activations import SIZES, activations
 from lut_ds.engine.build import build_student
-from lut_ds.engine.ds_config import zero_stage
+from lut_ds.engine.ds_config import overlaps, zero_stage
 from lut_ds.engine.fetching import Fetched, fetched, persistent
 from lut_ds.engine.optim import decays
 from lut_ds.method.lut import LUT, MAE
@@ -204,11 +204,10 @@ def _exchange(recipe: Recipe, zero: Mapping[str, Any], stage: int, world_size: i
     parameters = sizes(recipe).parameters
     if stage == 0:
         return min(parameters, FALLBACK_BUCKET) if world_size > 1 else 0
-    overlap = bool(zero.get("overlap_comm", stage == 3))
     filled = min(_bucket(zero), parameters)
     if stage < 3:
         # One bucket is filled while the other is sent, in a flat copy of its slices.
-        return _bucket(zero) * (2 if overlap else 1) + (filled if world_size > 1 else 0)
+        return _bucket(zero) * (2 if overlaps(zero, world_size) else 1) + (filled if world_size > 1 else 0)
     return 2 * filled + fetched_weights(recipe, zero).live  # the bucket's gradients, and their flat copy
 
 

@@ -107,7 +107,7 @@ class Trainer:
         self.engine, *_ = deepspeed.initialize(
             model=student,
             optimizer=client,
-            config=resolve_ds_config(ds_config, recipe, micro_batch, accumulation),
+            config=resolve_ds_config(ds_config, recipe, micro_batch, accumulation, ranks.world_size),
             dist_init_required=False,
         )
         self.student: nn.Module = self.engine.module

@@ -193,9 +193,17 @@ def test_overrides_are_merged_into_the_file_not_over_it(tmp_path: Path) -> None:
     assert config == {"zero_optimization": {"stage": 2, "overlap_comm": True}, "wall_clock_breakdown": True}
 
 
-def resolved(*overrides: str) -> dict[str, Any]:
+def resolved(*overrides: str, world_size: int = 2) -> dict[str, Any]:
     recipe = demo(*overrides)
-    return resolve_ds_config(load_ds_config(recipe), recipe, 16, 4)
+    return resolve_ds_config(load_ds_config(recipe), recipe, 16, 4, world_size)
+
+
+def test_one_rank_has_no_communication_to_overlap() -> None:
+    """DeepSpeed would wait for the device after each backward pass, to send nothing; stage 3 fetches by the same switch."""
+    for stage, on_one_rank in ((1, False), (2, False), (3, True)):
+        name = f"train.deepspeed=zero{stage}"
+        assert resolved(name)["zero_optimization"]["overlap_comm"] is True
+        assert resolved(name, world_size=1)["zero_optimization"]["overlap_comm"] is on_one_rank
 
 
 def test_no_clipping_unless_asked() -> None:
