@@ -8,6 +8,7 @@
 #   ranks_per_node  default: what --ntasks-per-node says
 #   srun_options    array: more options of srun, such as a container's
 #   stop_signal     what the ranks are told to stop with (default USR1); one of the recipe's stop signals
+#   task_log        what a task of an array prints to, which is linked from its run's folder
 #   max_restarts    restarts of this job for any reason (default 500)
 #   max_faults      faults in a row without a new checkpoint in between (default 3)
 #
@@ -18,14 +19,18 @@ set -uo pipefail
 : "${ranks_per_node:=${SLURM_NTASKS_PER_NODE:-1}}"
 declare -p srun_options >/dev/null 2>&1 || srun_options=()
 restarts=${SLURM_RESTART_COUNT:-0} # not set on the first start
+# One task of an array has the number of the whole array as SLURM_JOB_ID: signals to that number, and its requeue, are everyone's.
+job=$SLURM_JOB_ID
+[ -z "${SLURM_ARRAY_TASK_ID:-}" ] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
 
-say() { echo "[$(date '+%F %T')] job $SLURM_JOB_ID, start $((restarts + 1)): $*" >&2; }
+say() { echo "[$(date '+%F %T')] job $job, start $((restarts + 1)): $*" >&2; }
 
 run_dir=
 for word in "${arguments[@]}"; do [[ $word == run.dir=* ]] && run_dir=${word#run.dir=}; done
 [ -n "$run_dir" ] || { say "add run.dir=DIR to the arguments: the job keeps its notes there"; exit 2; }
 notes=$run_dir/submit # the job's own files; the nodes share the folder
 mkdir -p "$notes" || exit 2
+[ -z "${task_log:-}" ] || ln -sfr "$task_log" "$notes/" || say "no link to $task_log in $notes"
 export LUT_DS_EXIT_FILE=$notes/exit-$SLURM_JOB_ID # rank 0's exit code: launchers give 1, or that of a rank they killed
 fault_file=$notes/faults-$SLURM_JOB_ID
 
@@ -75,13 +80,13 @@ interrupted=
 stop_ranks() {
   interrupted=$1
   say "SIG$1: the ranks are to save and stop"
-  scancel --signal="$stop_signal" "$SLURM_JOB_ID" # all steps, not this shell
+  scancel --signal="$stop_signal" "$job" # all steps, not this shell
 }
 trap 'stop_ranks USR1' USR1
 trap 'stop_ranks USR2' USR2
 trap 'stop_ranks TERM' TERM
 
-about_job() { scontrol show job -o "$SLURM_JOB_ID"; }
+about_job() { scontrol show job -o "$job"; }
 newest() { cat "$run_dir/checkpoints/latest" 2>/dev/null; }
 
 again() {
@@ -93,7 +98,7 @@ again() {
     say "not requeued here: the job was cancelled, or Slurm itself requeues it"; exit "$code"
   fi
   say "$1; requeued"
-  scontrol requeue "$SLURM_JOB_ID" || say "scontrol requeue failed; submit the script again to go on"
+  scontrol requeue "$job" || say "scontrol requeue failed; submit the script again to go on"
   exit "$code"
 }
 
@@ -109,7 +114,7 @@ fault() { # counts faults without a new checkpoint in between; a run that gets f
   again "exit $code: fault $count of at most $max_faults at checkpoint '$(newest)'"
 }
 
-say "$SLURM_NNODES node(s) ($SLURM_JOB_NODELIST) x $ranks_per_node rank(s), $launcher, checkpoint '$(newest)', meeting at $MASTER_ADDR:$MASTER_PORT"
+say "$SLURM_NNODES node(s) ($SLURM_JOB_NODELIST) x $ranks_per_node rank(s), $launcher, $run_dir, checkpoint '$(newest)', meeting at $MASTER_ADDR:$MASTER_PORT"
 rm -f "$LUT_DS_EXIT_FILE"
 start_ranks &
 ranks=$!

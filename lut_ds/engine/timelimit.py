@@ -36,7 +36,10 @@ def _slurm_end(env: Mapping[str, str], again: bool) -> float | None:
     known = float(stated) if stated.isascii() and stated.isdigit() and int(stated) > 0 else None
     if known is not None and not again:
         return known
-    command = ["squeue", "--noheader", "--jobs", env["SLURM_JOB_ID"], "--format", "%L"]
+    job = env["SLURM_JOB_ID"]  # of one task of an array, the number of them all
+    if "SLURM_ARRAY_TASK_ID" in env:
+        job = f"{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}"
+    command = ["squeue", "--noheader", "--jobs", job, "--format", "%L"]
     try:
         left = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
     except (OSError, subprocess.SubprocessError):  # a container without Slurm's commands, or a busy controller

@@ -56,9 +56,12 @@ def test_the_jobs_end_is_slurms(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     assert end_time("auto", {"SLURM_JOB_ID": "7"}) is None
     squeue = tmp_path / "squeue"
     squeue.write_text(
-        '#!/bin/sh\ncase "$*" in *" 7 --format %L") echo 1:00:00 ;; *" 8 "*) echo UNLIMITED ;; *) exit 1 ;; esac\n'
+        '#!/bin/sh\ncase "$*" in *" 7 --format %L") echo 1:00:00 ;; *" 8 "*) echo UNLIMITED ;; '
+        '*" 5_2 "*) echo 30:00 ;; *" 5 "*) echo 30:00; echo 45:00 ;; *) exit 1 ;; esac\n'
     )
     squeue.chmod(0o755)
+    task = {"SLURM_JOB_ID": "5", "SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "2"}  # 5 alone is every task's
+    assert end_time("auto", task) == pytest.approx(time.time() + 1800, abs=20)
     assert end_time("auto", {"SLURM_JOB_ID": "7"}) == pytest.approx(time.time() + 3600, abs=20)
     assert end_time("auto", {"SLURM_JOB_ID": "8"}) is None
     assert end_time("auto", {"SLURM_JOB_ID": "8"}, again=True) == math.inf
