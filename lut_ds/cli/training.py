@@ -54,7 +54,8 @@ def submit(args: argparse.Namespace) -> Answer:
         args.recipe = None
     environment = dict(os.environ)
     os.environ["DS_ACCELERATOR"] = "cpu"  # of this process, which may be on a machine without a GPU; not of the job
-    from lut_ds.engine.submit import Resources, submit
+    from lut_ds.engine.submit import submit
+    from lut_ds.engine.tasks import Resources
 
     given = {field.name: getattr(args, field.name) for field in fields(Resources)}
     wanted = Resources(**{key: value for key, value in given.items() if value is not None})

@@ -75,7 +75,7 @@ def open_run_folder(folder: Path, recipe: RunRecipe, notes: dict[str, Any] | Non
     stored = folder / "recipe.yaml"
     try:
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        lock = _claim(folder)
+        lock = claim(folder, "run.dir")
         write_text_atomically(stored, yaml.safe_dump(json.loads(recipe.model_dump_json()), sort_keys=False))
         with (folder / "environment.jsonl").open("a") as file:
             file.write(json.dumps(environment() | (notes or {})) + "\n")
@@ -92,14 +92,34 @@ def check_run_folder(folder: Path, recipe: RunRecipe) -> None:
     Raises:
         UserError: see `open_run_folder`.
     """
-    stored = folder / "recipe.yaml"
-    if stored.is_file():
-        if _began(folder):  # a run that was refused before its first step holds nothing to protect
-            _check_same(folder, stored, recipe)
-    elif folder.exists() and (not folder.is_dir() or _strangers(folder)):
+    stored = stored_recipe(folder)
+    difference = recipe_difference(stored, recipe) if stored is not None else None
+    if difference is not None:
+        raise UserError(
+            f"run.dir: {folder} holds a run of another recipe: {difference}; name another run.dir, or give the same recipe "
+            "to continue"
+        )
+    if not (folder / "recipe.yaml").is_file() and folder.exists() and (not folder.is_dir() or _strangers(folder)):
         raise UserError(
             f"run.dir: {folder} exists and is no run folder (it has no recipe.yaml); name a new or empty folder"
         )
+
+
+def stored_recipe(folder: Path) -> dict[str, Any] | None:
+    """The recipe of the run that a folder holds; None where no run has begun, which leaves nothing to protect.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    stored = folder / "recipe.yaml"
+    if not stored.is_file() or not _began(folder):
+        return None
+    try:
+        old = yaml.safe_load(stored.read_text())
+        assert isinstance(old, dict)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, AssertionError) as error:
+        raise UserError(f"run.dir: {stored} is not readable; name another folder") from error
+    return old
 
 
 def _began(folder: Path) -> bool:
@@ -116,8 +136,15 @@ def _strangers(folder: Path) -> bool:
     )
 
 
-def _claim(folder: Path) -> TextIO:
-    """Lock a run folder; the system releases it when the process ends, however it ends."""
+def claim(folder: Path, key: str) -> TextIO:
+    """Lock a folder; the system releases it when the process ends, however it ends.
+
+    Args:
+        key: what names the folder, for the message.
+
+    Raises:
+        UserError: another process has it.
+    """
     file = (folder / ".lock").open("a+")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -126,7 +153,7 @@ def _claim(folder: Path) -> TextIO:
         owner = file.read().strip()
         file.close()
         raise UserError(
-            f"run.dir: {folder} is in use by {owner or 'another process'}; wait for it, or name another folder"
+            f"{key}: {folder} is in use by {owner or 'another process'}; wait for it, or name another folder"
         ) from None
     except OSError as error:
         if error.errno not in (
@@ -139,20 +166,6 @@ def _claim(folder: Path) -> TextIO:
     file.write(f"process {os.getpid()} on {platform.node()}\n")
     file.flush()
     return file
-
-
-def _check_same(folder: Path, stored: Path, recipe: RunRecipe) -> None:
-    try:
-        old = yaml.safe_load(stored.read_text())
-        assert isinstance(old, dict)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, AssertionError) as error:
-        raise UserError(f"run.dir: {stored} is not readable; name another folder") from error
-    difference = recipe_difference(old, recipe)
-    if difference:
-        raise UserError(
-            f"run.dir: {folder} holds a run of another recipe: {difference}; name another run.dir, or give the same recipe "
-            "to continue"
-        )
 
 
 def recipe_difference(stored: dict[str, Any], recipe: RunRecipe) -> str | None:

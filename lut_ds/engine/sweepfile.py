@@ -13,6 +13,7 @@ pixels: true                     # raw pixels too, with knn and probe; default: 
 
 import itertools
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ EVALUATIONS = ("knn", "probe", "attention_distance", "spectrum")
 _KEYS = ("recipe", "overrides", "seeds", "runs", "grid", "evaluate", "pixels")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=+-]*")
 _OURS = ("run.dir", "run.seed")
+_LONGEST = 200  # letters of a name, which becomes that of a folder and of a log
+_MOST = 10_000  # names: a grid grows quickly, and every recipe is read before the first run starts
 
 
 @dataclass(frozen=True)
@@ -117,15 +120,25 @@ def _named(tree: Mapping[str, Any], path: Path) -> dict[str, tuple[dict[str, Any
     if not runs and not grid:
         raise UserError(f"sweep {path}: runs: expected runs by name, or a grid, found neither; add one")
     axes = [[(key, v) for v in _list(values, f"sweep {path}: grid.{key}")] for key, values in grid.items()]
+    count = math.prod(map(len, axes)) * max(len(runs), 1)
+    if count > _MOST:
+        raise UserError(f"sweep {path}: grid: expected at most {_MOST} runs, found {count}; take fewer values")
     named: dict[str, tuple[dict[str, Any], list[int] | None]] = {}
     for name, content in (runs or {"": {}}).items():
         where = f"sweep {path}: runs.{name}"
         section = dict(_section(content, f"{path}: runs.{name}"))
         own = _seeds(section.pop("seeds"), f"{where}.seeds") if "seeds" in section else None
+        if twice := grid.keys() & section.keys():
+            raise UserError(f"{where}: {min(twice)} is in the grid too; give it in one of the two")
         for point in itertools.product(*axes):
             label = "_".join([*([name] if name else []), *(_label(key, value) for key, value in point)])
             if not _NAME.fullmatch(label):
                 raise UserError(f"{where}: expected a name of letters, digits and ._=+-, found {label!r}; rename it")
+            if len(label) > _LONGEST:
+                raise UserError(
+                    f"{where}: expected a name of at most {_LONGEST} letters, found {len(label)}: {label[:40]}...; take fewer or "
+                    "shorter values of the grid"
+                )
             if label in named:
                 raise UserError(f"{where}: {label!r} names two runs; rename one")
             named[label] = (_changes({**section, **dict(point)}, where), own)
@@ -170,6 +183,9 @@ def _list(value: Any, where: str) -> list[Any]:
 def _section(value: Any, where: str) -> Mapping[str, Any]:
     if value is None:
         return {}
-    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+    if not isinstance(value, dict):
         raise UserError(f"sweep {where}: expected a mapping of names, found {value!r}")
+    strange = next((key for key in value if not isinstance(key, str)), None)
+    if strange is not None or None in value:
+        raise UserError(f"sweep {where}: expected names that are text, found {strange!r}; put it in quotes")
     return value

@@ -1,5 +1,6 @@
 """What `lut-ds submit` writes, and what it refuses before anything queues."""
 
+import json
 import os
 import shlex
 import subprocess
@@ -8,8 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lut_ds.engine.submit import Resources, plan_tasks, render, submit
+from lut_ds.engine.submit import render, submit
 from lut_ds.engine.sweepfile import read_sweep
+from lut_ds.engine.tasks import Resources, plan_job
 from lut_ds.errors import UserError
 from tests.engine.launching import ROOT
 from tests.engine.tiny import tiny_tree
@@ -40,8 +42,13 @@ def options(text: str) -> dict[str, str]:
 def run_settings(text: str, show: str, **env: str) -> str:
     """Run a script's lines above its body and print what `show` asks for."""
     settings = text[: text.index("# The body of every batch script")]
+    job = {"SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "7"}
     done = subprocess.run(
-        ["bash", "-euc", settings + "\n" + show], env={**os.environ, **env}, capture_output=True, text=True, check=True
+        ["bash", "-euc", settings + "\n" + show],
+        env={**os.environ, **job, **env},
+        capture_output=True,
+        text=True,
+        check=True,
     )
     return done.stdout
 
@@ -153,7 +160,7 @@ def test_data_that_only_the_nodes_have(recipe: str) -> None:
 def test_a_sweep_that_cannot_be(recipe: str, tmp_path: Path, lines: str, why: str) -> None:
     (tmp_path / "sweep").write_text(lines)
     with pytest.raises(UserError, match=why):
-        plan_tasks(recipe, [], str(tmp_path / "sweep"), Resources(gpus_per_node=4))
+        plan_job(recipe, [], str(tmp_path / "sweep"), Resources(gpus_per_node=4))
 
 
 def test_the_yaml_file_of_a_sweep_is_an_array_too(recipe: str, tmp_path: Path) -> None:
@@ -164,21 +171,57 @@ def test_the_yaml_file_of_a_sweep_is_an_array_too(recipe: str, tmp_path: Path) -
         None, [f"run.dir={tmp_path}/out", "optim.blr=1e-3"], Resources(), os.environ, f"{tmp_path}/s.yaml", True
     )[1]
     assert options(text)["array"] == "0-3"
+    assert options(text)["output"] == f"{tmp_path}/out/submit/slurm-%A_%a.out"
+    log = run_settings(text, 'echo "$task_log"', SLURM_ARRAY_TASK_ID="1")
+    assert log == f"{tmp_path}/out/submit/slurm-7_1.out\n"
     entries = read_sweep(tmp_path / "s.yaml", tmp_path / "out", ["optim.blr=1e-3"]).entries
     for index, entry in enumerate(entries):
         words = run_settings(text, 'printf "%s\\n" "${arguments[@]}"', SLURM_ARRAY_TASK_ID=str(index)).splitlines()
         assert words == ["pretrain", *entry.words]
         assert words[-1] == f"run.dir={tmp_path}/out/runs/{'ab'[index // 2]}/seed_{(0, 5)[index % 2]}"
     with pytest.raises(UserError, match="names its own"):
-        plan_tasks(recipe, [], str(tmp_path / "s.yaml"), Resources())
+        plan_job(recipe, [], str(tmp_path / "s.yaml"), Resources())
     with pytest.raises(UserError, match="expected a recipe, found none"):
-        plan_tasks(None, [], None, Resources())
+        plan_job(None, [], None, Resources())
+
+
+def test_a_sweep_leaves_out_what_is_trained(recipe: str, tmp_path: Path) -> None:
+    file, words = tmp_path / "s.yaml", [f"run.dir={tmp_path}/the runs"]
+    file.write_text(yaml.safe_dump({"recipe": recipe, "runs": {"a": {}, "b": {"train.max_steps": 7}}}))
+
+    def text() -> str:
+        return submit(None, words, Resources(gpus_per_node=4), os.environ, str(file), dry_run=True)[1]
+
+    def train(name: str, step: int, epoch: float) -> None:
+        (run,) = [e for e in read_sweep(file, tmp_path / "the runs").entries if e.name == name]
+        checkpoint = run.folder / "checkpoints" / f"step_{step:08d}"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "state.json").write_text(json.dumps({"step": step, "epoch": epoch}))
+        (run.folder / "recipe.yaml").write_text(yaml.safe_dump(run.recipe.model_dump(mode="json")))
+
+    train("a", 10, 3.9)
+    assert options(text())["array"] == "0-1"
+    train("b", 7, 0.5)
+    lone = text()
+    assert "array" not in options(lone)
+    assert options(lone)["output"] == f"{tmp_path}/the runs/submit/slurm-%j.out"
+    shown = run_settings(lone, 'printf "%s\n" "$task_log" "${arguments[@]}"').splitlines()
+    assert (shown[0], shown[-1]) == (
+        f"{tmp_path}/the runs/submit/slurm-7.out",
+        f"run.dir={tmp_path}/the runs/runs/a/seed_0",
+    )
+    train("a", 12, 4.0)
+    with pytest.raises(UserError, match=r"expected a run that is not trained yet .* found none of 2; make the table"):
+        text()
+    file.write_text(file.read_text().replace("7", "6"))
+    with pytest.raises(UserError, match=r"runs\.b: .* holds a run of 7 steps: expected at most train\.max_steps 6"):
+        text()
 
 
 def test_a_folder_of_another_run_is_refused(recipe: str, tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
-    (task,) = plan_tasks(recipe, [f"run.dir={run}"], None, Resources(gpus_per_node=4))
+    (task,) = plan_job(recipe, [f"run.dir={run}"], None, Resources(gpus_per_node=4)).tasks
     (run / "recipe.yaml").write_text(yaml.safe_dump({**task.recipe.model_dump(mode="json")}))
     (run / "metrics.jsonl").write_text('{"step": 1}\n')
     with pytest.raises(UserError, match=r"holds a run of another recipe: optim\.blr"):
@@ -194,9 +237,9 @@ def test_no_sbatch_here(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_what_sbatch_lines_cannot_hold(recipe: str) -> None:
-    tasks = plan_tasks(recipe, [], None, Resources(gpus_per_node=4))
+    job = plan_job(recipe, [], None, Resources(gpus_per_node=4))
     with pytest.raises(UserError, match="--job-name: expected text without quotes"):
-        render(tasks, Resources(job_name="two\nlines"), "x")
+        render(job, Resources(job_name="two\nlines"), "x")
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "launch").glob("*.sbatch")), ids=lambda p: p.name)

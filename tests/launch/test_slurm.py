@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
-from lut_ds.engine.submit import Resources
+from lut_ds.cli import main
 from lut_ds.engine.submit import submit as write_script
+from lut_ds.engine.tasks import Resources
 from lut_ds.tracking import read_metrics
 from tests.engine.launching import run_ranks
 from tests.engine.test_resume import command, curve, write_recipe
@@ -47,10 +49,10 @@ def recipe_of(folder: Path, digits: Path, steps: int = STEPS) -> Path:
     return path
 
 
-def submit(cluster: Cluster, recipe: Path, *overrides: str, sweep: Path | None = None, **wanted: Any) -> int:
+def submit(cluster: Cluster, recipe: Path, *overrides: str, **wanted: Any) -> int:
     """Submit with one CPU rank a node, as `lut-ds submit` does but without starting an interpreter; returns the job."""
     resources = Resources(**{"gpus_per_node": 0, "cpus_per_task": 1, **wanted})
-    made, _ = write_script(str(recipe), list(overrides), resources, os.environ, sweep and str(sweep), dry_run=True)
+    made, _ = write_script(str(recipe), list(overrides), resources, os.environ, dry_run=True)
     script = recipe.parent / "job.sbatch"
     script.write_text(made["script"])
     (recipe.parent / "run" / "submit").mkdir(parents=True)
@@ -191,15 +193,41 @@ def test_a_fault_is_tried_again_a_few_times(cluster: Cluster, faulty: tuple[int,
     assert "fault 3 in a row at checkpoint ''; not requeued" in (run / "submit" / f"slurm-{job}.out").read_text()
 
 
-def test_a_sweep_is_a_job_array(cluster: Cluster, digits: Path, folder: Path) -> None:
-    recipe = recipe_of(folder, digits, steps=4)
-    (folder / "sweep").write_text("# two learning rates\noptim.blr=1e-3\n\noptim.blr=1e-4  run.seed=4\n")
-    job = submit(cluster, recipe, sweep=folder / "sweep")
-    for task, rate in enumerate((1e-3, 1e-4)):
+def test_a_sweep_is_a_job_array_and_its_table_is_made_afterwards(cluster: Cluster, digits: Path, folder: Path) -> None:
+    """The number of the last task is the whole array's: its warning and its restart must not be those of the others."""
+    recipe_of(folder, digits, steps=300)
+    runs = {"first": {"method.name": "mae"}, "last": {"optim.blr": 1e-4}}
+    file, out = folder / "ablation.yaml", folder / "out"
+    file.write_text(yaml.safe_dump({"recipe": "recipe.yaml", "evaluate": ["knn"], "runs": runs}))
+    first, last = (out / "runs" / name / "seed_0" for name in runs)
+    options = ["--gpus-per-node", 0, "--cpus-per-task", 1]
+    job = int(json.loads(cluster.lut_ds("submit", "--sweep", file, f"run.dir={out}", *options, "--json").stdout)["job"])
+    for run in (first, last):
+        cluster.wait_for_steps(run, 4)
+    assert cluster.field(f"{job}_1", "JobId") == str(job)
+    cluster.run("scancel", "--batch", "--signal=USR1", f"{job}_1")
+    cluster.wait_for(f"{job}_1", "PENDING")
+    stopped_at = len(curve(last))
+    for task, run in enumerate((first, last)):
         assert cluster.wait_for(f"{job}_{task}", "COMPLETED", "FAILED") == "COMPLETED", cluster.logs()
-        run = folder / "run" / f"{task:03d}"
-        assert len(curve(run)) == 4
-        assert f"blr: {rate}" in (run / "recipe.yaml").read_text()
+        assert [record["step"] for record in curve(run)] == list(range(1, 301))
+        assert cluster.field(f"{job}_{task}", "Restarts") == str(task)
+        log = (run / "submit" / f"slurm-{job}_{task}.out").read_text()
+        assert f"job {job}_{task}, start {1 + task}: done" in log
+        assert f"{run}, checkpoint" in log
+        assert ("the ranks are to save and stop" in log) is bool(task)
+    assert 4 <= stopped_at < 300
+
+    curves = [curve(run) for run in (first, last)]
+    assert main(["sweep", str(file), "--out", str(out), "--no-training"]) == 0
+    result = json.loads((out / "sweep.json").read_text())
+    assert [(row["run"], row["weights"]) for row in result["table"]] == [
+        ("first", "student"), ("last", "student"), ("last", "teacher"),
+    ]  # fmt: skip
+    assert (result["failed"], result["missing"]) == ({}, [])
+    assert [run["training"]["steps"] for run in result["runs"]] == [300, 300]
+    assert [curve(run) for run in (first, last)] == curves
+    assert [len(starts(run)) for run in (first, last)] == [1, 2]
 
 
 def test_deepspeeds_slurm_launcher(
