@@ -20,6 +20,11 @@ class StopRequest:
         return self.signal_name is not None
 
 
+def listened(names: Sequence[str]) -> signal.Signals:
+    """What asks a process that listens to these to stop: SIGTERM, which it may just end of if it listens to none, or the first."""
+    return signal.Signals["SIGTERM" if "SIGTERM" in names or not names else names[0]]
+
+
 @contextmanager
 def listen(names: Sequence[str] = STOP_SIGNALS) -> Iterator[StopRequest]:
     """Turn these signals (`SIGTERM`, ...) into a request while inside; a second SIGINT interrupts at once."""

@@ -46,12 +46,21 @@ def learned(recipe: Recipe) -> dict[str, Any]:
     return {**sections, "run": {"seed": recipe.run.seed}}
 
 
+def stored_record(entry: Entry) -> dict[str, Any] | None:
+    """The record in a run's folder, of whatever recipe; None without one that can be read."""
+    try:
+        record = json.loads((entry.folder / RECORD).read_text())
+    except (OSError, ValueError):
+        return None
+    return record if isinstance(record, dict) else None
+
+
 def recorded(entry: Entry, evaluate: Sequence[str]) -> dict[str, Any] | None:
     """The record of a run that was finished and evaluated so before; None if there is work to do."""
+    record = stored_record(entry) or {}
     try:
-        record: dict[str, Any] = json.loads((entry.folder / RECORD).read_text())
         same = _same(record["recipe"], entry.recipe) and set(evaluate) <= set(record["evaluated"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (KeyError, TypeError, AttributeError):
         return None
     return record if same else None
 
@@ -66,8 +75,11 @@ def _same(stored: Mapping[str, Any], recipe: Recipe) -> bool:
     )
 
 
-def record_run(entry: Entry, evaluate: Sequence[str], threads: int) -> None:
+def record_run(entry: Entry, data: Mapping[str, Any], evaluate: Sequence[str], threads: int) -> None:
     """Evaluate a finished run's weights, student's and average's, and write the record into its folder.
+
+    Args:
+        data: `identity` of its images.
 
     Raises:
         UserError: no checkpoint there, or no classes to tell apart.
@@ -84,6 +96,7 @@ def record_run(entry: Entry, evaluate: Sequence[str], threads: int) -> None:
         "name": entry.name,
         "seed": entry.seed,
         "recipe": learned(recipe),
+        "data": dict(data),
         "evaluated": list(evaluate),
         "training": _training(entry, checkpoint.step),
         "found": found,
@@ -91,15 +104,30 @@ def record_run(entry: Entry, evaluate: Sequence[str], threads: int) -> None:
     write_text_atomically(entry.folder / RECORD, json.dumps(record, indent=1) + "\n")
 
 
-def record_pixels(recipe: Recipe, path: Path, threads: int) -> None:
+def recorded_pixels(path: Path, recipe: Recipe, data: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The record of raw pixels of these images at this size; None if there is none."""
+    try:
+        record: dict[str, Any] = json.loads(path.read_text())
+        same = record["data"] == data and record["size"] == recipe.model.image_size
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return record if same else None
+
+
+def record_pixels(recipe: Recipe, data: Mapping[str, Any], path: Path, threads: int) -> None:
     """k-NN and probe of the pixels themselves, as `record_run` for an encoder."""
     train, val = open_labelled(str(recipe.data.path))
     size = recipe.model.image_size
     bank, queries = (extract_features(pixel_features, s, size, BATCH, threads) for s in (train, val))
     with computing(BATCH, threads) as compute:
         probed, _ = probe_features(bank, queries, train.classes, Sweep(), compute.ranks)
-    found = {"knn": {str(k): top1 for k, top1 in knn_top1(bank, queries, KS).items()}, "probe": probed["top1"]}
-    record = {"images": {"train": len(train), "val": len(val)}, "classes": len(train.classes), "found": found}
+    record = {
+        "images": {"train": len(train), "val": len(val)},
+        "classes": len(train.classes),
+        "data": dict(data),
+        "size": size,
+        "found": {"knn": {str(k): top1 for k, top1 in knn_top1(bank, queries, KS).items()}, "probe": probed["top1"]},
+    }
     write_text_atomically(path, json.dumps(record, indent=1) + "\n")
 
 

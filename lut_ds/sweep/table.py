@@ -83,7 +83,7 @@ def used_columns(rows: Sequence[Row]) -> list[str]:
 
 def as_markdown(rows: Sequence[Row], pixels: Record | None) -> str:
     """The table for people: mean ± sample standard deviation over seeds."""
-    columns = used_columns(rows)
+    columns = used_columns(rows) or ["knn", "probe"]
     lines = [
         f"| run | weights | seeds | epochs | {' | '.join(TITLES[c] for c in columns)} |",
         "| --- | --- | ---: | ---: |" + " ---: |" * len(columns),

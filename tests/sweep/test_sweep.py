@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -14,6 +15,7 @@ import yaml
 
 from lut_ds.cli import main
 from lut_ds.data.shapes import write_shapes
+from lut_ds.engine.runfolder import claim
 from lut_ds.tracking import read_metrics
 from tests.engine.tiny import tiny_tree
 
@@ -56,6 +58,8 @@ def test_one_fails_and_the_rest_go_on(tmp_path: Path, capfd: pytest.CaptureFixtu
     assert "in use by process 7 on elsewhere" in result["failed"]["lut, seed 3"]
     assert result["missing"] == ["lut, seed 3"]
     assert [(row["run"], row["weights"]) for row in result["table"]] == [("mae", "student")]
+    assert "1 of 2 runs are missing" in (out / "table.md").read_text()
+    assert "- lut, seed 3: FAILED: run.dir: " in (out / "table.md").read_text()
 
     code, result, said = sweep(capfd, path, out, "train.max_steps=4")
     assert (code, result["failed"], result["missing"]) == (0, {}, [])
@@ -74,21 +78,62 @@ def test_one_fails_and_the_rest_go_on(tmp_path: Path, capfd: pytest.CaptureFixtu
     assert (out / "sweep.png").read_bytes().startswith(b"\x89PNG")
     assert "| lut | teacher | 1 |" in (out / "table.md").read_text()
 
-    code, _, said = sweep(capfd, path, out, "train.max_steps=4", "optim.blr=0.5")
-    assert code == 2
-    assert "holds a run of another recipe: optim.blr" in said
+    for words, why in (
+        (
+            ["optim.blr=0.5"],
+            "holds a run of another recipe: optim.blr is 0.00015 there and 0.5 here; give the run another",
+        ),
+        (["train.max_steps=3"], "holds a run of 4 steps: expected at most train.max_steps 3"),
+        (["precision.teacher=bf16"], "precision.teacher is 'fp32' there and 'bf16' here"),
+        ([f"data.path={write_shapes(tmp_path / 'more', 56, 20, 16)}"], "its train set has 48 in 10 classes, that of "),
+        ([f"data.path={write_shapes(tmp_path / 'other', 48, 20, 16, 1)}"], "/other has 48 others in 10; name the same"),
+    ):
+        code, again, said = sweep(capfd, path, out, "train.max_steps=4", *words)
+        assert (code, again) == (2, result)
+        assert f"lut-ds: sweep {path}: runs.mae: {out}/runs/mae/seed_3 " in said
+        assert why in said
+        assert said.count("\n") == 1
+
+    with claim(out, "--out"):
+        code, _, said = sweep(capfd, path, out, "train.max_steps=4")
+    assert (code, f"--out: {out} is in use by process {os.getpid()} on" in said) == (2, True)
+
+    shutil.copytree(tmp_path / "data", tmp_path / "moved")
+    moved = f"data.path={tmp_path / 'moved'}"
+    path.write_text(path.read_text().replace("lut: {}", "lut: {}\n  later: {method.w_bc: 1}"))
+    code, result, said = sweep(capfd, path, out, "--no-training", "train.max_steps=4", moved)
+    assert (code, result["missing"]) == (0, ["later, seed 3"])
+    assert "1 of 3 runs are missing" in (out / "table.md").read_text()
+    assert "- later, seed 3: not finished" in (out / "table.md").read_text()
+    code, result, said = sweep(capfd, path, out, "train.max_steps=4", moved)
+    assert (code, result["missing"], list(result["failed"])) == (0, [], [])
+    assert "3 runs, 2 of them finished before" in said
+    assert (starts(mae), starts(lut)) == (1, 1)
 
 
 def test_an_interrupted_sweep_continues(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    path, out = write(tmp_path, runs={"a": {"train.epochs": 400}}, evaluate=["knn"]), tmp_path / "out"
+    """Ended by a time limit, by a stop file, by a signal."""
+    long = {"train.epochs": 400}
+    path, out = write(tmp_path, runs={"a": long, "b": long}, evaluate=["knn"], pixels=False), tmp_path / "out"
     run = out / "runs" / "a" / "seed_0"
+    code, result, said = sweep(capfd, path, out, "run.log_every=1", "run.time_limit=1")
+    assert (code, result["stopped_by"], result["failed"]) == (3, "time limit", {})
+    assert "a, seed 0: stopped" in said
+    assert not (out / "runs" / "b").exists()  # its time is over too
+
+    write(tmp_path, runs={"a": long}, evaluate=["knn"], pixels=False)
+    (run / "stop").touch()
+    code, result, _ = sweep(capfd, path, out, "run.log_every=1")
+    assert (code, result["stopped_by"], result["missing"]) == (3, None, ["a, seed 0"])
+    assert "stopped by stop file at step" in result["stopped"]["a, seed 0"]
+    before = len(read_metrics(run / "metrics.jsonl"))
 
     def interrupt() -> None:
-        while not (run / "metrics.jsonl").is_file() or not read_metrics(run / "metrics.jsonl"):
+        while len(read_metrics(run / "metrics.jsonl")) == before:
             time.sleep(0.05)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    thread = threading.Thread(target=interrupt)
+    thread = threading.Thread(target=interrupt, daemon=True)
     thread.start()
     code, result, said = sweep(capfd, path, out, "run.log_every=1")
     thread.join()
@@ -96,11 +141,11 @@ def test_an_interrupted_sweep_continues(tmp_path: Path, capfd: pytest.CaptureFix
     assert (result["stopped_by"], result["failed"], result["missing"]) == ("SIGTERM", {}, ["a, seed 0"])
     assert "a, seed 0: stopped" in said
     done = len(read_metrics(run / "metrics.jsonl"))
-    assert 0 < done < 1200
+    assert before < done < 1200
     code, result, _ = sweep(capfd, path, out, "run.log_every=1", f"train.max_steps={done + 3}")
     assert (code, result["runs"][0]["training"]["steps"]) == (0, done + 3)
     assert [r["step"] for r in read_metrics(run / "metrics.jsonl")] == list(range(1, done + 4))
-    assert starts(run) == 2
+    assert starts(run) == 4
 
 
 def test_what_cannot_work_is_refused_before_anything_is_written(
