@@ -18,6 +18,7 @@ from lut_ds.engine.guards.spike import LossWindow
 from lut_ds.engine.guards.vitals import LocalClock
 from lut_ds.engine.launch import Ranks
 from lut_ds.engine.optim import GuardedAdamW, parameter_groups
+from lut_ds.engine.reductions import keep_host_running
 from lut_ds.engine.shards import MasterShards
 from lut_ds.errors import UserError
 from lut_ds.method.heads import HeadBatchNorm
@@ -122,6 +123,7 @@ class Trainer:
         self.clock = LocalClock(ranks.device)
         if self.stage in (1, 2):
             self._watch_norm()
+            keep_host_running(self.engine.optimizer)
 
     def update(self, batches: Iterable[MicroBatch], lr: float, ema_decay: float, votes: Votes = NO_VOTES) -> Tensor:
         """One optimizer step over `accumulation` micro-batches.

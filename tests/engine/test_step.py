@@ -9,6 +9,7 @@ from typing import Any
 import lut_kernels.checks
 import pytest
 import torch
+from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -121,19 +122,59 @@ def test_a_teacher_beside_the_student_changes_nothing(ranks: Ranks) -> None:
     torch.testing.assert_close(curves[0], curves[1], rtol=0 if ranks.device.type == "cpu" else 1e-2, atol=0)
 
 
+class Stream:
+    """Stands for a CUDA stream on a CPU, where work is done when it is queued: notes which streams it waited for."""
+
+    def __init__(self) -> None:
+        self.waited: list[Any] = []
+
+    def wait_stream(self, other: Any) -> None:
+        self.waited.append(other)
+
+
+@pytest.mark.parametrize("stage", ["zero1", "zero2"])
+def test_the_exchange_of_gradients_orders_streams_and_holds_no_host(
+    ranks: Ranks, stage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DeepSpeed takes the paths of a GPU; torch's own check on GPUs does not see a wait for the whole device."""
+    curves, held = [], []
+    for asynchronous in (False, True):
+        trainer = trainer_of(ranks, stage, ("bf16", "bf16"))
+        accelerator, optimizer, current = get_accelerator(), trainer.engine.optimizer, Stream()
+        assert optimizer.overlap_comm
+        if asynchronous:
+            optimizer.reduction_stream = Stream()
+            monkeypatch.setattr(accelerator, "resolves_data_dependency", lambda: False)
+            monkeypatch.setattr(accelerator, "current_stream", lambda *_, current=current: current)
+            monkeypatch.setattr(accelerator, "synchronize", lambda *_: held.append("synchronize"))
+            monkeypatch.setattr(Tensor, "record_stream", lambda *_: None)
+        curves.append(torch.stack([trainer.update(batches(trainer, ranks, i), 1e-3, 0.9)[:4] for i in range(2)]))
+        monkeypatch.undo()
+        trainer.engine.destroy()
+    assert not held
+    assert torch.equal(*curves)
+    # Once before an exchange (one bucket here), and once at its end, before its gradients are taken up.
+    exchanges = 2 if stage == "zero1" else 2 * 2
+    assert current.waited.count(optimizer.reduction_stream) == 2 * exchanges
+    assert current in optimizer.reduction_stream.waited
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("stage", ["zero1", "zero2"])
-def test_a_step_on_a_gpu_waits_for_nothing(ranks: Ranks, stage: str) -> None:
+def test_a_step_on_a_gpu_waits_for_nothing(ranks: Ranks, stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = trainer_of(ranks, stage, ("bf16", "bf16"))
     inputs = [batches(trainer, ranks, step) for step in range(4)]
     for step in inputs[:2]:
         trainer.update(step, 1e-3, 0.9)
     torch.cuda.synchronize()
+    # The debug mode does not see a wait for the whole device.
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: pytest.fail("the host would wait: synchronize()"))
     torch.cuda.set_sync_debug_mode("error")
     try:
         results = [trainer.update(step, 1e-3, 0.9) for step in inputs[2:]]
     finally:
         torch.cuda.set_sync_debug_mode("default")
+        monkeypatch.undo()
     assert all(torch.isfinite(result[:5]).all() for result in results)
     trainer.engine.destroy()
 

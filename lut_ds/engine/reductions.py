@@ -1,0 +1,32 @@
+"""The end of ZeRO 1/2's gradient exchange, on GPUs: streams wait for each other, the host waits for nothing."""
+
+from typing import Any
+
+
+def keep_host_running(optimizer: Any) -> None:
+    """Let the optimizer's stream wait for the exchange where DeepSpeed 0.19.8 has the host wait for the whole device.
+
+    With `overlap_comm` the gradients are reduced on a stream of their own, and at the end of every backward pass DeepSpeed
+    synchronises the device before it takes them up. What follows runs on the current stream, so that it is enough that this
+    stream waits; buffers that are used again were written, and are read, in that same order.
+
+    Args:
+        optimizer: DeepSpeed's ZeRO 1 or 2.
+    """
+    from deepspeed.accelerator import get_accelerator
+
+    finish = optimizer.independent_gradient_partition_epilogue
+    accelerator = get_accelerator()
+
+    def wait_on_the_stream(device_index: int | None = None) -> None:
+        accelerator.current_stream().wait_stream(optimizer.reduction_stream)
+
+    def finish_without_waiting() -> None:
+        before = accelerator.synchronize
+        accelerator.synchronize = wait_on_the_stream
+        try:
+            finish()
+        finally:
+            accelerator.synchronize = before
+
+    optimizer.independent_gradient_partition_epilogue = finish_without_waiting
