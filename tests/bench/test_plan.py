@@ -61,6 +61,8 @@ def test_vit_l_on_64_h100(tmp_path: Path) -> None:
     assert kinds["weights"]["wire_bytes"] == pytest.approx(63 / 64 * 2 * values, rel=1e-3)
     assert [row["gpus"] for row in found["scaling"]["weak"]] == [2**n for n in range(11)]
     assert "ASSUMED" in found["assumptions"]["efficiency"]
+    assert found["steps"] == 1_281_167 // 4096 * 1600
+    assert "1,281,167 images" in found["assumptions"]["data"]
     assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -8,9 +8,9 @@ from lut_ds.config import Recipe
 
 
 def assumptions(
-    recipe: Recipe, way: Way, cluster: Cluster, measured: Measured | None, mfu: tuple[float, float]
+    recipe: Recipe, way: Way, cluster: Cluster, measured: Measured | None, mfu: tuple[float, float], images: int
 ) -> dict[str, str]:
-    """Every assumption by topic."""
+    """Every assumption by topic; `images`: of the training set."""
     device, zero = cluster.device, way.config.get("zero_optimization", {})
     peak = device.peak if recipe.precision.compute == "bf16" else device.peak_fp32
     found = {
@@ -40,9 +40,15 @@ def assumptions(
             "others, and not on a GPU"
         ),
         "teacher": "fp8 products are counted at the rate of bf16, fp32 beside a bf16 student at half of it (TF32)",
-        "host": f"{d.LAUNCH * 1e6:g} us a kernel; a step waits for the host where its kernels are shorter",
+        "host": (
+            f"{d.LAUNCH * 1e6:g} us a kernel: {d.KERNELS['student']} for a block that is trained, {d.KERNELS['teacher']} for the "
+            f"teacher's, {d.KERNELS['other']} beside the blocks; a step waits for the host where its kernels are shorter"
+        ),
         "optimizer": f"AdamW and EMA at {d.MEMORY_EFFICIENCY:.0%} of {device.memory_rate / 1e12:g} TB/s, hidden behind nothing",
-        "data": "the loader keeps up, saves cost nothing, no restart; compilation and start-up are not counted",
+        "data": (
+            f"{images:,} images, an epoch's last incomplete batch dropped; the loader keeps up, saves cost nothing, no restart; "
+            "compilation and start-up are not counted"
+        ),
     }
     if int(zero.get("zero_hpz_partition_size", 1)) > 1 or any(zero.get(key) for key in zero if "quantized" in key):
         found["ZeRO++"] = "not modelled: memory and traffic are those of plain ZeRO-3"

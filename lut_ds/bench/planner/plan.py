@@ -85,7 +85,7 @@ def plan_run(recipe: Recipe, name: str, request: Request) -> dict[str, Any]:
         "loader": _loader(way, request),
         "scaling": {"weak": weak, "strong": strong_scaling(fitter)},
         "weak_scaling_target": weak_target(weak),
-        "assumptions": assumptions(recipe, way, cluster, measured, (low, expected)),
+        "assumptions": assumptions(recipe, way, cluster, measured, (low, expected), request.images),
         "measured": None if measured is None else asdict(measured),
     }
 
