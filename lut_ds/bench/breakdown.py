@@ -2,32 +2,32 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from lut_ds.engine.step import Trainer
 
 Span = tuple[Any, Any]  # CUDA events, or seconds
+Batch = TypeVar("Batch")
 
 
 class Breakdown:
     """Wraps the parts of a trainer while inside; milliseconds of each, a step.
 
-    `teacher`, `student` (its encoder), `decoder`, `heads`, `losses` (masking and what is left of the forward pass),
-    `backward` (with the communication that overlaps it), `optimizer` (with ZeRO's), `ema`, `communication` (what the host
-    spends in collectives, part of the others) and `other`. On a GPU by events on its stream; nothing waits inside a step.
+    `data_wait` (until a batch is there), `teacher`, `student` (its encoder), `decoder`, `heads`, `losses` (masking and what
+    is left of the forward pass), `backward` (with the communication that overlaps it), `optimizer` (with ZeRO's), `ema` (with
+    the refresh of the teacher) and `other`; they add up to `whole`, but for a teacher on a stream of its own. On a GPU by
+    events on its stream: nothing waits inside a step, and `data_wait` is what the GPU waits, not the host.
     """
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer, self._cuda = trainer, trainer.device.type == "cuda"
         self._spans: dict[str, list[Span]] = defaultdict(list)
         self._undo: list[tuple[Any, str, Any]] = []
-        self._communication = 0.0
         self._steps = 0
 
     def __enter__(self) -> "Breakdown":
@@ -43,8 +43,6 @@ class Breakdown:
         self._wrap(trainer, "_step", "optimizer")
         if trainer.ema is not None:
             self._wrap(trainer.ema, "update", "ema")
-        for name in ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "broadcast"):
-            self._wrap_collective(name)
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -53,6 +51,13 @@ class Breakdown:
                 delattr(owner, name)
             else:
                 setattr(owner, name, original)
+
+    def waiting(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The same batches; the time until each is there is counted."""
+        while True:
+            with self._span("data_wait"):
+                batch = next(batches)
+            yield batch
 
     def step(self, action: Callable[[], Tensor]) -> None:
         """Run one step and time it whole."""
@@ -69,8 +74,7 @@ class Breakdown:
         inside = sum(total.get(name, 0.0) for name in ("student", "decoder", "heads"))
         total["losses"] = max(0.0, forward - inside)
         total["other"] = max(0.0, whole - sum(total.values()))
-        total["communication"] = self._communication / self._steps * 1e3
-        return total
+        return {**total, "whole": whole}
 
     def _length(self, span: Span) -> float:
         start, end = span
@@ -98,16 +102,3 @@ class Breakdown:
 
         self._undo.append((owner, name, owner.__dict__.get(name)))
         setattr(owner, name, timed)
-
-    def _wrap_collective(self, name: str) -> None:
-        inner = getattr(dist, name)
-
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            began = time.perf_counter()
-            try:
-                return inner(*args, **kwargs)
-            finally:
-                self._communication += time.perf_counter() - began
-
-        self._undo.append((dist, name, inner))
-        setattr(dist, name, timed)

@@ -1,5 +1,6 @@
 """One training step, measured in a process of its own: `python -m lut_ds.bench.step_run` reads a task, prints a result."""
 
+import itertools
 import json
 import os
 import resource
@@ -17,12 +18,13 @@ from torch import Tensor
 from lut_ds.bench.breakdown import Breakdown
 from lut_ds.bench.expert import Expert
 from lut_ds.bench.peers import time_peer
+from lut_ds.bench.profiling import communication_ms, write_trace
 from lut_ds.bench.rounds import Figures
 from lut_ds.config import Recipe, parse_recipe
 from lut_ds.engine.hostmemory import keep_freed_memory
 from lut_ds.engine.launch import Ranks, discover_ranks, process_group
-from lut_ds.engine.reading import draws_per_sample
-from lut_ds.engine.step import Trainer
+from lut_ds.engine.reading import draws_per_sample, make_loader, open_source
+from lut_ds.engine.step import Trainer, split_batch
 from lut_ds.method.lut import IMAGENET_MEAN, IMAGENET_STD
 
 OUT_OF_MEMORY = "out_of_memory"
@@ -39,6 +41,7 @@ class Task:
         steps, warmup: steps that count, and steps before them.
         threads: of torch on a CPU; 0 leaves its default.
         kernels: LUT_KERNELS of ours.
+        files: the images are those of data.path, through the loader of a run, and not noise that is ready.
         breakdown: also time the parts of ours, in steps of their own.
         trace: file for a torch profiler trace of two steps of ours, opened in a browser at ui.perfetto.dev.
         checkout: folder of a published implementation.
@@ -51,6 +54,7 @@ class Task:
     warmup: int
     threads: int = 0
     kernels: str = "auto"
+    files: bool = False
     breakdown: bool = False
     trace: str | None = None
     checkout: str | None = None
@@ -95,7 +99,8 @@ def measure(task: Task) -> Figures:
 
     Returns:
         `step_ms`, `images_per_s` (over all ranks), `memory_mib` (a GPU's peak; on CPUs the process's), `loss` of the last
-        step; and `ms_<part>` where a breakdown was asked for.
+        step; where a breakdown was asked for `ms_<part>` of steps of their own, which add up to `ms_whole`, and
+        `ms_communication` (beside and inside the others).
     """
     os.environ["LUT_KERNELS"] = task.kernels
     if task.threads:
@@ -107,7 +112,7 @@ def measure(task: Task) -> Figures:
     with ExitStack() as group:
         if task.side == "ours":
             group.enter_context(process_group(ranks))
-            return _measure_ours(task, recipe, ranks)
+            return _measure_ours(task, recipe, ranks, group)
         if ranks.device.type == "cuda":
             torch.cuda.set_device(ranks.device)
         if task.side == "expert":
@@ -115,27 +120,45 @@ def measure(task: Task) -> Figures:
         return _measure_peer(task, recipe, ranks.device)
 
 
-def _measure_ours(task: Task, recipe: Recipe, ranks: Ranks) -> Figures:
+def _files(recipe: Recipe, micro_batch: int, ranks: Ranks, stack: ExitStack) -> Iterator[Any]:
+    """Batches of `data.path` through the loader of a run, which closes with the stack."""
+    batch = recipe.train.global_batch
+    loader = make_loader(
+        recipe,
+        open_source(recipe),
+        global_batch=batch,
+        micro_batch=micro_batch,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        device=ranks.device,
+    )
+    return stack.enter_context(loader).batches(0, 1 << 40)
+
+
+def _measure_ours(task: Task, recipe: Recipe, ranks: Ranks, group: ExitStack) -> Figures:
     if ranks.device.type == "cpu":
         keep_freed_memory()  # as every run of ours begins
     if task.memory is not None:
         _limit_memory(task.memory, ranks.device)
-    batch = recipe.train.global_batch // ranks.world_size
-    micro = recipe.train.micro_batch or batch
-    trainer = Trainer(recipe, ranks, micro, batch // micro)
-    batches = synthetic_batches(recipe, micro, ranks.device)
+    micro, accumulation = split_batch(recipe.train.global_batch, recipe.train.micro_batch, ranks.world_size)
+    trainer = Trainer(recipe, ranks, micro, accumulation)
+    batches = _files(recipe, micro, ranks, group) if task.files else synthetic_batches(recipe, micro, ranks.device)
+    source = batches
 
     def step() -> Tensor:
-        return trainer.update((next(batches) for _ in range(trainer.accumulation)), 1e-4, 0.996)[0]
+        return trainer.update(itertools.islice(source, trainer.accumulation), 1e-4, 0.996)[0]
 
     figures = _timed(step, task, recipe.train.global_batch, ranks.device)
     if task.breakdown:
         with Breakdown(trainer) as parts:
+            source = parts.waiting(batches)
             for _ in range(max(2, task.steps // 2)):
                 parts.step(step)
-        figures |= {f"ms_{name}": ms for name, ms in parts.milliseconds().items()}
+        source = batches
+        found = {**parts.milliseconds(), "communication": communication_ms(step, ranks.device)}
+        figures |= {f"ms_{name}": ms for name, ms in found.items()}
     if task.trace is not None:
-        _trace(step, Path(task.trace), ranks)
+        write_trace(step, Path(task.trace), ranks.device, ranks.main)
     return figures
 
 
@@ -185,20 +208,6 @@ def _resident_peak() -> int:
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _trace(step: Callable[[], Tensor], file: Path, ranks: Ranks) -> None:
-    """A profile of two steps, by operator and, on a GPU, by kernel."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if ranks.device.type == "cuda":
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=activities) as profile:
-        for _ in range(2):
-            step()
-        _wait(ranks.device)
-    if ranks.main:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        profile.export_chrome_trace(str(file))
 
 
 def measure_within(task: Task) -> Figures:

@@ -52,7 +52,8 @@ def tune_step(
         raise UserError("bench step --tune: expected one process, found a launcher's; start it without, on one GPU")
     device = choose_device(options.device)
     os.environ["DS_ACCELERATOR"] = device
-    options = replace(options, threads=options.threads or (rank_cores() if device == "cpu" else 0))
+    threads = options.threads or (rank_cores() if device == "cpu" else 0)
+    options = replace(options, batch=recipe.train.global_batch, threads=threads)
     memory = memory_gib * 2**30 if memory_gib is not None else _free_memory(device)
     base = replace(make_tasks(recipe, options, device)[0]["ours"], breakdown=False, trace=None, memory=memory)
     with tqdm(desc="tuning", unit="trial", file=sys.stderr) as bar:

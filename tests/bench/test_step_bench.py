@@ -1,25 +1,34 @@
 """The step's benchmark: ours, the expert's baseline and a published checkout really run; figures and ratios agree."""
 
+import itertools
 import json
 import os
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
+from lut_ds.bench.breakdown import Breakdown
+from lut_ds.bench.ceiling import add_utilisation, peak_flops
 from lut_ds.bench.expert import Expert
 from lut_ds.bench.peers import check_checkout
-from lut_ds.bench.step import Options, add_mfu, bench_step, make_tasks, run_task, step_recipe
+from lut_ds.bench.profiling import covered
+from lut_ds.bench.step import Options, bench_step, make_tasks, run_task, step_recipe
 from lut_ds.bench.step_run import normalised, synthetic_batches
 from lut_ds.config import Recipe, load_recipe
 from lut_ds.engine.build import build_student, flops_shape
+from lut_ds.engine.launch import discover_ranks, process_group
+from lut_ds.engine.step import Trainer
 from lut_ds.errors import UserError
 from lut_ds.method.flops import step_flops
+from tests.data.images import write_folder
 from tests.test_cli import result
 
+PARTS = ("data_wait", "teacher", "student", "decoder", "heads", "losses", "backward", "optimizer", "ema", "other")
 TINY = (
     "model.image_size=32", "model.patch_size=8", "model.width=32", "model.depth=1", "model.heads=2", "method.head_hidden=32",
     "model.decoder_width=32", "model.decoder_depth=1", "model.decoder_heads=2", "train.deepspeed=cpu",
@@ -36,27 +45,58 @@ def tiny() -> Recipe:
 @pytest.mark.slow
 def test_measures_ours_and_its_parts(tmp_path: Path) -> None:
     words = ["--batch", 8, "--steps", 2, "--rounds", 1, "--trace", tmp_path / "trace.json"]
-    found = result("bench", "step", "lut_vits16", *TINY, *words)
+    images = write_folder(tmp_path / "images", 16)
+    found = result("bench", "step", "lut_vits16", *TINY, f"data.path={images}", *words)
     sides = found["sides"]
-    assert set(sides) == {"ours"}
+    assert set(sides) == {"ours", "ours from files"}
     for figures in sides.values():
-        assert figures["images_per_s"]["median"] == pytest.approx(8e3 / figures["step_ms"]["median"])
+        speed = figures["images_per_s"]["median"]
+        assert speed == pytest.approx(8e3 / figures["step_ms"]["median"])
         assert figures["memory_mib"]["median"] > 100
-    parts = {key.removeprefix("ms_") for key in sides["ours"] if key.startswith("ms_")}
-    expected = {
-        "teacher",
-        "student",
-        "decoder",
-        "heads",
-        "losses",
-        "backward",
-        "optimizer",
-        "ema",
-        "communication",
-        "other",
-    }
-    assert parts == expected
-    assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+        assert figures["of_ceiling"]["median"] == pytest.approx(
+            speed * found["flops"]["total"] / found["ceilings"]["fp32"]
+        )
+        parts = {key.removeprefix("ms_"): v["median"] for key, v in figures.items() if key.startswith("ms_")}
+        assert set(parts) == {*PARTS, "whole", "communication"}
+        assert sum(parts[name] for name in PARTS) == pytest.approx(parts["whole"], rel=0.01)
+        assert parts["data_wait"] > 0
+    assert sides["ours from files"]["loss"] != sides["ours"]["loss"]
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert {"aten::mm", "lut_kernels::gather_patches"} & {event.get("name") for event in events}
+
+
+def test_each_part_gets_the_time_that_it_takes(tiny: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)  # and what the process group sets is taken back
+    ranks = discover_ranks()
+    with process_group(ranks):
+        trainer = Trainer(tiny, ranks, 8, 1)
+        assert trainer.ema is not None
+        slow = {
+            "teacher": (trainer.teacher, "forward"),
+            "ema": (trainer.ema, "update"),
+            "optimizer": (trainer, "_step"),
+        }
+        for owner, name in slow.values():
+            inner = getattr(owner, name)
+            monkeypatch.setattr(owner, name, lambda *args, inner=inner: time.sleep(0.1) or inner(*args))
+        batches = (time.sleep(0.1) or batch for batch in synthetic_batches(tiny, 8, ranks.device))
+        with Breakdown(trainer) as parts:
+            source = parts.waiting(batches)
+            for _ in range(2):
+                parts.step(lambda: trainer.update(itertools.islice(source, 1), 1e-4, 0.99)[0])
+        found = parts.milliseconds()
+        trainer.engine.destroy()
+    assert set(found) == {*PARTS, "whole"}
+    assert sum(found[name] for name in PARTS) == pytest.approx(found["whole"])
+    for name in ("data_wait", *slow):
+        assert 100 <= found[name] < 200, name
+    assert found["whole"] - 400 < 200
+
+
+def test_spans_that_overlap_count_once() -> None:
+    assert covered([(5, 7), (0, 2), (1, 3), (1.5, 1.6)]) == 5
+    assert covered([]) == 0
 
 
 def test_the_expert_trains_the_same_work(tiny: Recipe) -> None:
@@ -97,7 +137,8 @@ def test_tasks_follow_the_options(tiny: Recipe) -> None:
     assert tasks["bf16"].recipe["precision"] == {"compute": "bf16", "teacher": "bf16"}
     assert tasks["library kernels"].kernels == "torch"
     assert tasks["expert compiled"].recipe["train"]["compile"] is True
-    assert [name for name, task in tasks.items() if task.breakdown] == ["ours"]
+    assert {task.side for task in tasks.values() if task.breakdown} == {"ours"}
+    assert all(task.breakdown for task in tasks.values() if task.side == "ours")  # every variant too
     assert "half micro-batch" in make_tasks(tiny, Options(batch=7, variants=True), "cpu")[1]
 
 
@@ -110,16 +151,55 @@ def test_refuses_what_it_cannot_measure(tmp_path: Path, tiny: Recipe) -> None:
         step_recipe(None, "resnet50", (), 8)
     with pytest.raises(UserError, match=r"found no engines/engine_lut\.py in it"):
         bench_step(tiny, Options(peers=(("lut", str(tmp_path)),)))
+    with pytest.raises(UserError, match=r"--peer-mae: the recipe trains lut"):
+        bench_step(tiny, Options(peers=(("mae", str(tmp_path)),)))
+    with pytest.raises(UserError, match=r"--trace .*: expected a file that can be written"):
+        bench_step(tiny, Options(trace=str(tmp_path)))
+    refused = {
+        "batch norm in the heads needs at least 2 images": "train.micro_batch=1",
+        "expected at least the 8 images of a step, found 4": f"data.path={write_folder(tmp_path / 'images', 4)}",
+        r"--peers: expected method\.head_norm=bn": "method.head_norm=ln",
+        r"--peers: expected method\.degradation=none": "method.degradation=blurred",
+    }
+    for message, words in refused.items():
+        recipe = step_recipe("lut_vits16", None, [*TINY, words], 8)
+        with pytest.raises(UserError, match=message):
+            bench_step(recipe, Options(expert="--peers" in message))
     assert step_recipe(None, "vit_large_patch16_224", (), 4).model.width == 1024
 
 
 def test_mfu_counts_the_method(tiny: Recipe) -> None:
-    figures = {"images_per_s": 1000.0}
-    add_mfu(figures, step_flops(flops_shape(tiny))["total"], "NVIDIA H100 80GB HBM3", 2)
-    assert figures["mfu"] == pytest.approx(1000 * step_flops(flops_shape(tiny))["total"] / (2 * 989e12))
-    unknown = {"images_per_s": 1000.0}
-    add_mfu(unknown, 1.0, "NVIDIA GeForce", 1)
-    assert "mfu" not in unknown
+    flops = step_flops(flops_shape(tiny))["total"]
+    for precision, peak in (("bf16", 989e12), ("fp32", 67e12)):
+        figures = {"images_per_s": 1000.0}
+        assert peak_flops("NVIDIA H100 80GB HBM3", precision) == peak
+        add_utilisation(figures, flops, 2 * peak, 1e12)
+        assert figures["mfu"] == pytest.approx(1000 * flops / (2 * peak))
+        assert figures["of_ceiling"] == pytest.approx(1000 * flops / 1e12)
+    assert peak_flops("NVIDIA GeForce", "bf16") is None
+    add_utilisation(figures := {"images_per_s": 1.0}, 1.0, None, 1.0)
+    assert "mfu" not in figures
+
+
+@pytest.mark.parametrize(
+    "name, gflop", [("lut_vitb16", 156), ("lut_vitl16", 463), ("lut_vith14", 1209), ("mae_vitl16", 125)]
+)
+def test_the_methods_flops_counted_again(name: str, gflop: float) -> None:
+    """From the architecture alone: multiply-adds of every product, twice; a backward pass is two forward ones."""
+    m = load_recipe(name).model
+    kept, pixels, views = m.patches // 4, m.patch_size**2 * 3, 2 if name.startswith("lut") else 1
+
+    def blocks(tokens: int, width: int, depth: int) -> int:
+        return depth * (tokens * (3 + 1 + 4 + 4) * width**2 + 2 * tokens**2 * width)
+
+    embed, head = m.patches * pixels * m.width, 2 * m.width * 4096
+    student = views * (embed + blocks(1 + kept, m.width, m.depth))
+    decoder = blocks(1 + m.patches, m.decoder_width, m.decoder_depth)
+    decoder += m.decoder_width * ((1 + kept) * m.width + (1 + m.patches) * pixels)
+    heads, teacher = 2 * views * head, views * (embed + blocks(1 + m.patches, m.width, m.depth) + head)
+    total = 2 * (3 * (student + decoder) + (3 * heads + teacher) * (views == 2))
+    assert step_flops(flops_shape(load_recipe(name)))["total"] == total
+    assert total / 1e9 == pytest.approx(gflop, rel=0.005)
 
 
 def test_synthetic_images_are_noise_in_rotation(tiny: Recipe) -> None:
@@ -208,4 +288,5 @@ def test_two_ranks_measure_together() -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout)
     assert found["options"]["world_size"] == 2
-    assert found["sides"]["ours"]["ms_communication"]["median"] > 0
+    ours = {key: value["median"] for key, value in found["sides"]["ours"].items()}
+    assert 0 < ours["ms_communication"] < ours["ms_whole"] + ours["step_ms"]
