@@ -2,6 +2,7 @@
 
 import json
 import platform
+import time
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,8 @@ def main() -> None:
     result = {
         "command": "python benchmarks/shuffle_quality.py",
         "what": f"{N} samples sorted by {CLASSES} classes, batches of {BATCH}; see lut_ds/bench/shuffle.py for the columns",
+        "hardware": "any: what is read depends on none",
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "versions": {"numpy": np.__version__, "python": platform.python_version()},
         "orders": {name: {key: round(value, 4) for key, value in row.items()} for name, row in rows.items()},
     }

@@ -115,6 +115,7 @@ def main() -> None:
         "threads": args.threads,
         "three_passes": rows,
         "hardware": f"{os.cpu_count()} cores shared with other work, virtual disk, {platform.machine()}",
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "versions": {"numpy": np.__version__, "python": platform.python_version()},
     }
     Path(__file__).with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
