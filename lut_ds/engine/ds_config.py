@@ -221,7 +221,7 @@ def _check_values(config: dict[str, Any], recipe: RunRecipe, origin: str) -> Non
 def overlaps(zero: Mapping[str, Any], world_size: int) -> bool:
     """Whether stage 1 or 2 sends gradients during the backward pass, given the `zero_optimization` section.
 
-    Not on one rank, which has nothing to send: after every backward pass DeepSpeed would wait for the device all the same.
+    Not on one rank, which has nothing to send, and would keep a second bucket for it.
     """
     return bool(zero.get("overlap_comm", False)) and world_size > 1
 
