@@ -1,6 +1,7 @@
-"""What an fp8 teacher changes: its features beside those in bf16 and fp32, and the losses of runs that learn from it.
+"""What a bf16 or fp8 teacher changes: its features beside those in fp32, and the losses of runs that learn from it.
 
-python benchmarks/fp8_teacher.py [--steps 300]     writes benchmarks/fp8_teacher.json and fp8_teacher.png; minutes on a CPU
+python benchmarks/fp8_teacher.py [--steps 300] [--seeds 5]     writes benchmarks/fp8_teacher.json and fp8_teacher.png; runs of a
+minute of one core, `--seeds` of them for each precision of the teacher
 
 On a CPU the 8-bit values are those of a GPU, multiplied in fp32; a GPU's tensor cores add with fewer bits.
 """
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 import torch
@@ -29,8 +31,9 @@ from lut_ds.method.lut import Teacher, encode_views, pool
 from lut_ds.tracking import read_metrics
 
 PRECISIONS = ("fp32", "bf16", "fp8")
-RUNS = {"fp32": ("fp32", 0), "bf16": ("bf16", 0), "fp8": ("fp8", 0), "bf16, another seed": ("bf16", 1)}
+KEYS = ("loss", "mae", "bc")
 IMAGES = 32
+SNAPSHOT = 50  # steps between the teachers whose features are compared
 
 
 def smooth_images(side: int) -> list[Tensor]:
@@ -62,7 +65,9 @@ def errors(recipe: Recipe, weights: dict[str, Tensor] | None) -> dict[str, Any]:
     """Every pair of precisions, from the same fp32 weights (fresh ones if None)."""
     student = build_student(recipe)
     if weights is not None:
-        student.load_state_dict(weights, strict=False)
+        missing, unknown = student.load_state_dict(weights, strict=False)
+        assert not unknown
+        assert all("pos_embed" in name for name in missing), missing
     views, found = smooth_images(recipe.model.image_size), {}
     for precision in PRECISIONS:
         changed = recipe.model_copy(update={"precision": recipe.precision.model_copy(update={"teacher": precision})})
@@ -74,62 +79,106 @@ def errors(recipe: Recipe, weights: dict[str, Tensor] | None) -> dict[str, Any]:
 
 
 def train(digits: Path, folder: Path, precision: str, seed: int, steps: int) -> list[dict[str, Any]]:
-    """A run of the demo's recipe; its records."""
+    """A run of the demo's recipe, with all its checkpoints; its records."""
     words = [f"data.path={digits}", f"run.dir={folder}", f"run.seed={seed}", f"precision.teacher={precision}"]
-    command = [sys.executable, "-m", "lut_ds", "pretrain", "demo", *words, f"train.max_steps={steps}", "--json"]
+    words += [f"train.max_steps={steps}", f"run.save_every={SNAPSHOT}", "run.keep_last=1000"]
+    command = [sys.executable, "-m", "lut_ds", "pretrain", "demo", *words, "--json"]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return read_metrics(folder / "metrics.jsonl")
 
 
-def mean_difference(a: list[dict[str, Any]], b: list[dict[str, Any]], key: str) -> float:
-    """Mean of |a - b| over the steps, relative to b."""
-    return sum(abs(x[key] - y[key]) / abs(y[key]) for x, y in zip(a, b, strict=True)) / len(a)
+def last_tenth(records: list[dict[str, Any]]) -> dict[str, float]:
+    """Means over the last tenth of a run."""
+    last = records[-max(1, len(records) // 10) :]
+    return {key: sum(r[key] for r in last) / len(last) for key in KEYS}
+
+
+def over_seeds(runs: list[list[dict[str, Any]]]) -> dict[str, dict[str, float]]:
+    """Of the last tenths: mean over seeds, standard deviation, least and largest."""
+    ends = [last_tenth(records) for records in runs]
+    found = {key: [end[key] for end in ends] for key in KEYS}
+    return {
+        key: {"mean": mean(v), "deviation": stdev(v) if len(v) > 1 else 0.0, "min": min(v), "max": max(v)}
+        for key, v in found.items()
+    }
+
+
+def paired(runs: list[list[dict[str, Any]]], others: list[list[dict[str, Any]]]) -> dict[str, list[float]]:
+    """Last tenths of runs less those of others, seed by seed."""
+    ends = [(last_tenth(a), last_tenth(b)) for a, b in zip(runs, others, strict=True)]
+    return {key: [a[key] - b[key] for a, b in ends] for key in KEYS}
+
+
+def mean_curve(runs: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Records whose losses are means over runs."""
+    keys = (*KEYS, "feature_spread")
+    return [{**step[0], **{key: mean(r[key] for r in step) for key in keys}} for step in zip(*runs, strict=True)]
+
+
+def along(runs: Path) -> dict[str, Any]:
+    """Errors of the teachers on the way: averages of every SNAPSHOT steps of a run, in every precision."""
+    recipe = load_recipe("demo")
+    found = {}
+    for folder in step_folders(runs / "checkpoints"):
+        pairs = errors(recipe, read_weights(folder, "ema"))
+        found[folder.name] = {
+            f"{kind}, {pair}": values["centred_relative_error"]
+            for pair, kinds in pairs.items()
+            for kind, values in kinds.items()
+            if pair.endswith("fp32")
+        }
+    return found
 
 
 def main() -> None:
     """Measure and write the report."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=300)
-    steps = parser.parse_args().steps
+    parser.add_argument("--seeds", type=int, default=5)
+    args = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as work:
         digits = write_digits(Path(work) / "digits")
         records = {
-            name: train(digits, Path(work) / name.replace(" ", "_"), precision, seed, steps)
-            for name, (precision, seed) in RUNS.items()
+            precision: [
+                train(digits, Path(work) / f"{precision}{seed}", precision, seed, args.steps)
+                for seed in range(args.seeds)
+            ]
+            for precision in PRECISIONS
         }
-        trained = read_weights(step_folders(Path(work) / "fp8" / "checkpoints")[-1], "ema")
         table = {
             "ViT-S/16, fresh weights": errors(load_recipe("lut_vits16"), None),
             "demo, fresh weights": errors(load_recipe("demo"), None),
-            f"demo, after {steps} steps with the fp8 teacher": errors(load_recipe("demo"), trained),
         }
-    last = max(1, steps // 10)
+        on_the_way = {precision: along(Path(work) / f"{precision}0") for precision in PRECISIONS}
+    curves = {precision: mean_curve(runs) for precision, runs in records.items()}
+    command = f"python benchmarks/fp8_teacher.py --steps {args.steps} --seeds {args.seeds}"
     report = {
-        "machine": describe_machine() | {"command": f"python benchmarks/fp8_teacher.py --steps {steps}"},
+        "machine": describe_machine() | {"command": command},
         "errors": table,
+        "centred_errors_of_demo_teachers_seed_0": on_the_way,
         "training": {
             "recipe": "demo (student fp32)",
-            "steps": steps,
-            "mean_of_last_tenth": {
-                name: {key: sum(r[key] for r in found[-last:]) / last for key in ("loss", "mae", "bc")}
-                for name, found in records.items()
+            "steps": args.steps,
+            "seeds": args.seeds,
+            "last_tenth": {precision: over_seeds(runs) for precision, runs in records.items()},
+            "last_tenth_of_each_seed": {
+                precision: [last_tenth(run) for run in runs] for precision, runs in records.items()
             },
-            "mean_relative_difference_from_bf16": {
-                name: {key: mean_difference(found, records["bf16"], key) for key in ("loss", "mae", "bc")}
-                for name, found in records.items()
-                if name != "bf16"
+            "last_tenth_less_fp32_of_the_same_seed": {
+                precision: paired(records[precision], records["fp32"]) for precision in ("bf16", "fp8")
             },
-            "curves": {
-                name: {key: [round(r[key], 5) for r in found[::5]] for key in ("loss", "mae", "bc", "feature_spread")}
-                for name, found in records.items()
+            "mean_curves": {
+                precision: {key: [round(r[key], 5) for r in found[::5]] for key in (*KEYS, "feature_spread")}
+                for precision, found in curves.items()
             },
         },
     }
     Path(__file__).with_suffix(".json").write_text(json.dumps(report) + "\n")
-    curves = [(f"teacher {name}", found) for name, found in records.items()]
-    write_aside(Path(__file__).with_suffix(".png"), png(draw_runs(curves, ("loss", "mae", "bc", "feature_spread"))))
-    print(json.dumps({"errors": table, **{k: v for k, v in report["training"].items() if k != "curves"}}, indent=1))
+    named = [(f"teacher {name}, mean of {args.seeds} seeds", found) for name, found in curves.items()]
+    write_aside(Path(__file__).with_suffix(".png"), png(draw_runs(named, (*KEYS, "feature_spread"))))
+    shown = {key: value for key, value in report["training"].items() if key != "mean_curves"}
+    print(json.dumps({"errors": table, "on_the_way": on_the_way, **shown}, indent=1))
 
 
 if __name__ == "__main__":

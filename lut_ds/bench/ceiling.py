@@ -15,7 +15,7 @@ from lut_ds.bench.planner.devices import DEVICES
 from lut_ds.bench.rounds import Figures, run_apart
 from lut_ds.engine.launch import discover_ranks
 
-SIDES = {"cuda": 8192, "cpu": 2048}
+SIDES = {"cuda": 8192, "cpu": 1024}
 _SETS = 3  # inputs in rotation, so that no cache answers for the memory
 _REPEATS = 9
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

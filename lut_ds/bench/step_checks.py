@@ -48,7 +48,7 @@ def check_same_work(recipe: Recipe, peers: Sequence[str], expert: bool) -> None:
     others = [f"--peer-{peer}" for peer in peers] + ["--peers"] * expert
     if not others:
         return
-    known = {"degradation": "none", "head_norm": "bn", "head_act": "relu"}
+    known: dict[str, str | int] = {"degradation": "none", "head_norm": "bn", "head_act": "relu"}
     if method.name == "lut" and expert:
         known |= {"projector_depth": 2, "predictor_depth": 2}
     for key, value in known.items():
