@@ -37,6 +37,22 @@ def resized(maps: Tensor, size: Sequence[int]) -> Tensor:
     return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=False)
 
 
+def region_means(maps: Tensor, side: int) -> Tensor:
+    """[B, C, h, w] -> [B, C, side, side], means over the regions of adaptive average pooling.
+
+    Two products, because torch's own pooling has no gradient on GPUs that repeats to the bit.
+    """
+    rows, columns = (_region_weights(size, side, maps.device) for size in maps.shape[2:])
+    return (rows @ maps.float() @ columns.T).to(maps.dtype)
+
+
+def _region_weights(size: int, side: int, device: torch.device) -> Tensor:
+    """float32 [side, size]: region i is [floor(i * size / side), ceil((i + 1) * size / side))."""
+    region, pixel = torch.arange(side, device=device)[:, None], torch.arange(size, device=device)
+    inside = (pixel >= region * size // side) & (pixel * side < (region + 1) * size)
+    return inside / inside.sum(dim=1, keepdim=True)
+
+
 class PyramidViT(VisionTransformer):
     """A ViT whose output are the patch tokens after four of its blocks: [B, 3, S, S] -> four [B, D, S/P, S/P], not normalised.
 
@@ -122,7 +138,7 @@ class PyramidPooling(nn.Module):
         self.merge = ConvNormAct(inputs + len(POOLS) * outputs, outputs, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        pooled = [stage(F.adaptive_avg_pool2d(x, side)) for side, stage in zip(POOLS, self.stages, strict=True)]
+        pooled = [stage(region_means(x, side)) for side, stage in zip(POOLS, self.stages, strict=True)]
         return self.merge(torch.cat([x, *(resized(one, x.shape[2:]) for one in pooled)], dim=1))
 
 

@@ -5,11 +5,21 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lut_ds.config import Model
 from lut_ds.engine.optim import layer_decay_groups
 from lut_ds.method.heads import HeadBatchNorm
-from lut_ds.transfer.segmentation.upernet import FCNHead, Neck, PyramidViT, Segmenter, UPerHead, pyramid_layers
+from lut_ds.transfer.segmentation.step import pixel_loss
+from lut_ds.transfer.segmentation.upernet import (
+    FCNHead,
+    Neck,
+    PyramidViT,
+    Segmenter,
+    UPerHead,
+    pyramid_layers,
+    region_means,
+)
 
 
 def segmenter(side: int = 32, patch: int = 8, classes: int = 3) -> Segmenter:
@@ -45,6 +55,43 @@ def test_head_shapes(sides: list[int], width: int, channels: int, classes: int, 
     head, auxiliary = UPerHead(width, channels, classes, 0.1), FCNHead(width, channels, classes, 0.1)
     assert head(maps).shape == (batch, classes, *maps[0].shape[2:])
     assert auxiliary(maps[2]).shape == (batch, classes, *maps[2].shape[2:])
+
+
+@settings(deadline=None, max_examples=40)
+@given(height=st.integers(1, 20), width=st.integers(1, 20), side=st.sampled_from([1, 2, 3, 6]))
+def test_regions_are_those_of_adaptive_pooling(height: int, width: int, side: int) -> None:
+    maps = torch.randn(2, 3, height, width)
+    torch.testing.assert_close(region_means(maps, side), F.adaptive_avg_pool2d(maps, side))
+
+
+class Called(TorchDispatchMode):
+    """Names of the operators that run inside, gradients included."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_nothing_is_called_that_torch_refuses_where_bits_must_repeat() -> None:
+    """`run.deterministic` on a GPU. The meta device takes the paths of one: torch replaces its interpolation there."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        model = segmenter(side=64, patch=16).to("meta")
+        encoded = [torch.randn(2, 32, 4, 4, device="meta", requires_grad=True) for _ in range(4)]
+        with Called() as called:  # the encoder is that of pre-training
+            maps = model.neck(encoded)
+            masks = torch.zeros(2, 64, 64, dtype=torch.uint8, device="meta")
+            (pixel_loss(model.head(maps), masks) + pixel_loss(model.auxiliary(maps[2]), masks)).backward()
+    finally:
+        torch.use_deterministic_algorithms(before)
+    refused = {"nll_loss2d_forward", "_adaptive_avg_pool2d_backward", "upsample_bilinear2d_backward", "put", "cumsum"}
+    assert called.names & refused == set()
+    assert {"convolution_backward", "max_pool2d_with_indices_backward", "gather"} <= called.names
 
 
 def test_every_parameter_learns() -> None:
