@@ -75,7 +75,7 @@ def probe(args: argparse.Namespace) -> Answer:
         if results.get("stopped_by"):
             text = f"stopped by {results['stopped_by']} at step {results['step']} of {results['steps']}"
             return results, f"{text}; the same command continues", STOPPED
-        how = f"{protocol.epochs} epochs, batch {protocol.batch}, LARS at {protocol.lr:g}"
+        how = f"{results['settings']['epochs']} epochs, batch {protocol.batch}, LARS at {protocol.lr:g}"
     top5 = "" if results["top5"] is None else f", top-5 {results['top5']:.2f} %"
     text = f"{_what(results)}\ntop-1 {results['top1']:.2f} %{top5}; {how}\nwritten to {results['output']}"
     return results, text, DONE
@@ -150,7 +150,7 @@ def _add_probe(commands: Commands) -> None:
     add_frozen(sub)
     sub.add_argument("--protocol", choices=("quick", "mae"), default="quick")
     sub.add_argument(
-        "--epochs", type=positive, metavar="N", help="default 50 (quick) or 90 (mae; published for L, H: 50)"
+        "--epochs", type=positive, metavar="N", help="default 50 (quick) or as published (mae: 90; ViT-L and H: 50)"
     )
     sub.add_argument("--batch", type=positive, metavar="N", help="images an update, default 256 (quick) or 16384 (mae)")
     sub.add_argument("--blr", type=_positive_float, default=0.1, help="mae: learning rate at batch 256 (default 0.1)")

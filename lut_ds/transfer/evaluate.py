@@ -122,7 +122,7 @@ def evaluate_linear(request: Request, protocol: Protocol) -> dict[str, Any]:
             return {"stopped_by": outcome.stopped_by, "step": outcome.step, "steps": outcome.steps}
         found, head = evaluate_head(outcome.head, queries, subject.train.classes)
         about = _about(subject, request, "probe", None, queries)
-        settings = {"epochs": protocol.epochs, "batch": protocol.batch, "lr": protocol.lr, "seed": protocol.seed}
+        settings = {"epochs": probe.epochs, "batch": protocol.batch, "lr": protocol.lr, "seed": protocol.seed}
         results = {**about, "protocol": "mae", "settings": settings, **found, "history": outcome.history}
         if compute.ranks.main:
             _write_probe(subject, results, head)

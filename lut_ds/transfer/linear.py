@@ -29,15 +29,16 @@ from lut_ds.transfer.probe_accuracy import accuracies, folded
 
 VIEW = ViewSpec("random_resized_crop", scale=(0.08, 1.0))
 BN_EPS = 1e-6
+_LARGE = 1024  # ViT-L's width
 _RANK_BATCH = 512  # images a rank and forward pass, as published: BatchNorm's statistics are over so many
 _SAVE_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """MAE's: 90 epochs for ViT-B (50 for L and H), batch 16384, lr blr * batch / 256 with 10 epochs of warm-up to a cosine."""
+    """MAE's: batch 16384, lr blr * batch / 256 with 10 epochs of warm-up to a cosine; `epochs` None: as `published_epochs`."""
 
-    epochs: int = 90
+    epochs: int | None = None
     batch: int = 16384
     blr: float = 0.1
     warmup_epochs: float = 10.0
@@ -48,6 +49,11 @@ class Protocol:
     def lr(self) -> float:
         """Peak learning rate."""
         return peak_lr(self.blr, self.batch, "linear")
+
+
+def published_epochs(width: int) -> int:
+    """MAE's for an encoder of this width: 90, and 50 for ViT-L and ViT-H."""
+    return 50 if width >= _LARGE else 90
 
 
 class Head(nn.Module):
@@ -107,6 +113,7 @@ class LinearProbe:
         folder: Path,
         compute: Compute,
     ) -> None:
+        self.epochs = protocol.epochs or published_epochs(found.model.num_features)
         self._found, self._pool, self._train, self._val = found, pool, train, val
         self._protocol, self._compute = protocol, compute
         self._file = folder / "probe.safetensors"
@@ -122,7 +129,7 @@ class LinearProbe:
         self._head = Head(found.model.num_features, len(train.classes), protocol.seed).to(ranks.device)
         self._optimizer = LARS(self._head.parameters(), protocol.lr, protocol.weight_decay)
         self._identity = {
-            "protocol": asdict(protocol),
+            "protocol": {**asdict(protocol), "epochs": self.epochs},
             "pool": pool,
             "weights": found.record["weights"],
             "image_size": found.image_size,
@@ -137,12 +144,12 @@ class LinearProbe:
         start = self._restore()
         with listen() as request, self._loader() as loader:
             per_epoch = loader.steps_per_epoch
-            steps, step, saved = protocol.epochs * per_epoch, start, time.monotonic()
+            steps, step, saved = self.epochs * per_epoch, start, time.monotonic()
             batches = loader.batches(start, steps)
             stopped = None
             with progress_bar("linear probe", steps, start, unit="step") as bar:
                 while step < steps and stopped is None:
-                    lr = lr_at(step / per_epoch, protocol.lr, 0.0, protocol.warmup_epochs, protocol.epochs)
+                    lr = lr_at(step / per_epoch, protocol.lr, 0.0, protocol.warmup_epochs, self.epochs)
                     loss = self._step(batches, loader.accumulation, lr)
                     step += 1
                     bar.update(1)

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,8 +15,9 @@ from timm.data import create_transform, resolve_model_data_config
 from lut_ds.data.sources import open_source
 from lut_ds.engine.launch import Ranks
 from lut_ds.transfer import features as features_module
+from lut_ds.transfer.classifier import make_classifier
 from lut_ds.transfer.export import export_timm
-from lut_ds.transfer.features import Compute, extract
+from lut_ds.transfer.features import Compute, Features, extract
 from lut_ds.transfer.linear import Head, LinearProbe, Protocol, evaluate_head
 from lut_ds.transfer.models import load_model
 from lut_ds.transfer.probe import Sweep, probe_features, split
@@ -132,6 +134,17 @@ def test_maes_probe_learns_and_goes_on_where_it_was_stopped(subject, lut_run, tm
     for name, value in straight.head.state_dict().items():
         assert torch.equal(value, resumed.head.state_dict()[name]), name
     assert resumed.history == straight.history
+
+
+@pytest.mark.parametrize("width, epochs", [(384, 90), (768, 90), (1024, 50), (1280, 50)])
+def test_maes_probe_is_as_long_as_published_for_the_size(width, epochs, subject, lut_run, tmp_path):
+    sizes = {"image_size": 32, "patch_size": 8, "depth": 1, "heads": 8, "mlp_ratio": 1.0, "classes": 2}
+    wide = replace(subject[0], model=make_classifier(**sizes, width=width))
+    train = open_source(str(lut_run / "data"), "train")
+    val = Features(torch.zeros(1, width), torch.zeros(1, dtype=torch.int64), 1)
+    for given, expected in ((None, epochs), (7, 7)):
+        probe = LinearProbe(wide, "cls", train, val, Protocol(given, batch=144), tmp_path, Compute(ALONE))
+        assert probe.epochs == expected
 
 
 def test_the_folded_head_is_batch_norm_and_linear():
