@@ -6,6 +6,11 @@ from typing import Any
 
 from lut_ds.cli.parser import DONE, STOPPED, Answer, Commands, Parser, add_overrides, positive
 
+SOURCES = (
+    "run, checkpoint or export folder; .safetensors or .pth of timm, LUT, MAE, MoCo v3, DINO, iBOT; timm:NAME (random "
+    "weights), timm:NAME.TAG (those that timm publishes) or timm:NAME:FILE"
+)
+
 
 def export(args: argparse.Namespace) -> Answer:
     """Write the encoder for timm, for transformers, or as a program, with a model card."""
@@ -120,11 +125,7 @@ def add_frozen(sub: Parser) -> None:
 
 def add_model(sub: Parser) -> None:
     """A frozen model, the data that it is shown, and where results go."""
-    sub.add_argument(
-        "source",
-        help="run, checkpoint or export folder; .safetensors or .pth of timm, LUT, MAE, MoCo v3, DINO, iBOT; timm:NAME "
-        "(random weights) or timm:NAME:FILE",
-    )
+    sub.add_argument("source", help=SOURCES)
     sub.add_argument(
         "--data", metavar="DIR", help="folder with train/<class>/ and val/<class>/ (default: the run's own)"
     )
@@ -185,6 +186,6 @@ def add(commands: Commands) -> None:
     sub.add_argument("--heads", type=positive, help="attention heads of a .pth file whose size is not published")
     sub.add_argument("-o", "--output", required=True, metavar="DIR", help="folder to write")
     sub = commands.add(finetune)
-    sub.add_argument("source", help="run folder, checkpoint folder, or a .pth file of the published LUT or MAE code")
+    sub.add_argument("source", help=SOURCES)
     sub.add_argument("recipe", help="name of a shipped fine-tuning recipe (finetune_vitb16, ...), or a .yaml file")
     add_overrides(sub)

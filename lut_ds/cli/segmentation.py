@@ -2,7 +2,7 @@
 
 import argparse
 
-from lut_ds.cli.evaluation import model_source
+from lut_ds.cli.evaluation import SOURCES, model_source
 from lut_ds.cli.parser import DONE, STOPPED, Answer, Commands, add_overrides
 
 
@@ -37,11 +37,7 @@ def segment(args: argparse.Namespace) -> Answer:
 def add(commands: Commands) -> None:
     """Add this group's sub-commands."""
     sub = commands.add(segment)
-    sub.add_argument(
-        "source",
-        help="run, checkpoint or export folder; .safetensors or .pth of timm, LUT, MAE, MoCo v3, DINO, iBOT; timm:NAME "
-        "(random weights) or timm:NAME:FILE",
-    )
+    sub.add_argument("source", help=SOURCES)
     sub.add_argument(
         "recipe", nargs="?", help="name of a shipped segmentation recipe (segment_vitb16, ...), or a .yaml file"
     )

@@ -1,4 +1,4 @@
-"""Result files of the data tools."""
+"""Result files and the folders that they go to."""
 
 import errno
 import fcntl
@@ -24,6 +24,19 @@ def writable_folder(path: Path) -> Path:
         raise UserError(
             f"{path}: expected a folder that can be written, found: {error.strerror or error}; give another"
         ) from error
+
+
+def check_writable(**folders: Path) -> None:
+    """UserError unless files can be written to the folders, by what they are for; makes nothing."""
+    for what, folder in folders.items():
+        place = next(each for each in (folder, *folder.parents, Path("/")) if os.path.lexists(each))
+        if not place.is_dir():
+            where = "" if place == folder else f" at {place}"
+            raise UserError(f"{what}: {folder}: expected a folder, found a file{where}; name another")
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise UserError(
+                f"{what}: {folder}: expected a folder that can be written, found none at {place}; name another"
+            )
 
 
 def hold(fd: int) -> bool:

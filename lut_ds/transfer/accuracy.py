@@ -15,6 +15,7 @@ from lut_ds.data.loader import EvalLoader
 from lut_ds.data.sources import Source
 from lut_ds.engine.launch import Ranks
 from lut_ds.method.pixels import normalised
+from lut_ds.transfer.classifier import eval_crop
 
 MANY, FEW = 100, 20  # training images of a class: above is many, below is few
 
@@ -46,7 +47,8 @@ def accuracy(
         2 + 2 * classes, dtype=torch.float64, device=ranks.device
     )  # right among five, loss, by class right and all
     left = len(own)
-    for pixels, labels in EvalLoader(source, image_size, batch_size, threads, filled, device=ranks.device):
+    crop = eval_crop(image_size)
+    for pixels, labels in EvalLoader(source, image_size, batch_size, threads, filled, device=ranks.device, crop=crop):
         logits = model(normalised(pixels).to(dtype)).float()[:left]
         labels = labels.to(ranks.device)[: len(logits)]
         right = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]

@@ -5,7 +5,7 @@ tokens is normalised by `fc_norm` in place of the encoder's final norm, which is
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
 
@@ -30,11 +30,18 @@ class Loaded:
         fresh: entries of the classifier that the state has not: they keep their initialisation.
         left_out: entries of the state that the classifier has no place for.
         positions: (old, new) patches along a side where positions were interpolated, else None.
+        not_read: tensors in the source's file that are no encoder's (heads, decoders), by part.
     """
 
     fresh: tuple[str, ...]
     left_out: tuple[str, ...]
     positions: tuple[int, int] | None
+    not_read: Mapping[str, int] = field(default_factory=dict)
+
+
+def eval_crop(image_size: int) -> float:
+    """Side of the central crop over the resized shorter side, as MAE and LUT evaluate: 0.875, and 1 above 224 pixels."""
+    return 0.875 if image_size <= 224 else 1.0
 
 
 def make_classifier(

@@ -62,7 +62,8 @@ class FinetuneModel(Section):
 
 
 class FinetuneData(ImageData):
-    """What is read, and how it is cropped. Evaluation: Resize(int(S/.875)) bicubic and a central crop of S.
+    """What is read, and how it is cropped. Evaluation: Resize(int(S/.875)) bicubic and a central crop of S; above 224 px
+    Resize(S).
 
     The threads also run RandAugment: as many more for it.
     """

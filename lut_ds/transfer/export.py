@@ -13,9 +13,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lut_ds.config import Model
+from lut_ds.data.outputs import check_writable
 from lut_ds.errors import RunFault, UserError
 from lut_ds.method.encoder import Encoder
 from lut_ds.method.pixels import IMAGENET_MEAN, IMAGENET_STD
+from lut_ds.transfer.classifier import eval_crop
 from lut_ds.transfer.load import Kind, find_checkpoint, load_encoder
 from lut_ds.transfer.published import read_published
 
@@ -83,7 +85,7 @@ def classifier_config(model: Model, pool: str, labels: Sequence[str], about: dic
     pooling = {"global_pool": "avg", "fc_norm": True} if pool == "mean" else {"global_pool": "token", "fc_norm": False}
     config["model_args"] |= pooling
     config["num_classes"] = config["pretrained_cfg"]["num_classes"] = len(labels)
-    config["pretrained_cfg"]["label_names"] = list(labels)
+    config["pretrained_cfg"] |= {"label_names": list(labels), "crop_pct": eval_crop(model.image_size)}
     return {**config, "lut_ds": about}
 
 
@@ -182,8 +184,7 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
 
 def check_output(folder: Path, source: str | Path) -> None:
     """UserError unless the folder is new or empty, or holds an earlier export, which is not the source, and nothing else."""
-    if folder.is_file():
-        raise UserError(f"output: {folder}: expected a folder, found a file; name another")
+    check_writable(output=folder)
     named = str(source).split(":", 2)
     origin = Path(named[-1] if named[0] == "timm" and len(named) == 3 else source).resolve()
     if origin.exists() and folder.resolve() in (origin, origin.parent if origin.is_file() else origin):

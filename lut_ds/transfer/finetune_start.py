@@ -1,10 +1,9 @@
 """What a fine-tuning starts from: labelled images of the same classes in train and val, and a pre-trained encoder that fits."""
 
-from typing import Literal
+from dataclasses import replace
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
 
 from lut_ds.config import Model
 from lut_ds.data.sources import Source
@@ -12,7 +11,7 @@ from lut_ds.errors import UserError
 from lut_ds.transfer.classifier import Loaded, load_encoder_weights, make_classifier
 from lut_ds.transfer.config import FinetuneModel, FinetuneRecipe
 from lut_ds.transfer.labelled import open_labelled
-from lut_ds.transfer.models import load_model
+from lut_ds.transfer.models import Pretrained, load_model
 from lut_ds.transfer.published import HEADS
 
 
@@ -38,7 +37,7 @@ def start_model(recipe: FinetuneRecipe, classes: list[str]) -> tuple[VisionTrans
     m = recipe.model
     if m.source is None:
         raise UserError("model.source: no checkpoint given; name the run, checkpoint or .pth file to start from")
-    found, state = encoder_state(m.source, m.weights, m)
+    found, source = _pretrained(m)
     for key in ("patch_size", "width", "depth", "heads", "mlp_ratio"):
         if getattr(found, key) != getattr(m, key):
             raise UserError(
@@ -59,17 +58,17 @@ def start_model(recipe: FinetuneRecipe, classes: list[str]) -> tuple[VisionTrans
             drop_path=m.drop_path,
             head_std=m.head_std,
         )
-    return model, load_encoder_weights(model, state, m.source)
+    loaded = load_encoder_weights(model, source.model.state_dict(), m.source)
+    return model, replace(loaded, not_read=source.record["left_out"])
 
 
-def encoder_state(
-    source: str, kind: Literal["ema", "student"], recipe: FinetuneModel
-) -> tuple[Model, dict[str, Tensor]]:
-    """Sizes and state (timm's names) of any pre-trained ViT that `load_model` knows.
+def _pretrained(recipe: FinetuneModel) -> tuple[Model, Pretrained]:
+    """The source, any pre-trained ViT that `load_model` knows, and its sizes.
 
     The recipe's heads are those of a file whose width is not published, as its weights do not tell them.
     """
-    found = load_model(source, kind, heads=None if recipe.width in HEADS else recipe.heads)
+    source = str(recipe.source)
+    found = load_model(source, recipe.weights, heads=None if recipe.width in HEADS else recipe.heads)
     if found.record.get("positions") == "sinusoid_1d" and found.image_size != recipe.image_size:
         raise UserError(
             f"checkpoint: {source}: its positions over the raster index (sinusoid_1d) mean nothing on another grid; set "
@@ -79,7 +78,7 @@ def encoder_state(
     sizes = Model(
         **found.record["sizes"], image_size=found.image_size, mlp_ratio=hidden / found.record["sizes"]["width"]
     )
-    return sizes, found.model.state_dict()
+    return sizes, found
 
 
 def sizes(recipe: FinetuneRecipe) -> Model:

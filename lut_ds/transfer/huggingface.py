@@ -1,17 +1,27 @@
-"""The encoder as a folder of Hugging Face's `transformers`: ViTModel's config.json, names and preprocessor.
+"""The encoder as a folder of Hugging Face's `transformers`, and back: ViTModel's config.json, names and preprocessor.
 
 `ViTModel.from_pretrained(DIR, add_pooling_layer=False)` then has our encoder's tokens as `last_hidden_state`: cls first, then
 patches, after the final norm.
 """
 
+import json
+from collections import Counter
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
+from timm.layers import LayerNorm
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from lut_ds.errors import UserError
-from lut_ds.transfer.models import Pretrained
+from lut_ds.transfer.layouts import check_finite, load_tensors
+
+if TYPE_CHECKING:
+    from lut_ds.transfer.models import Pretrained
 
 _EMBEDDINGS = {
     "cls_token": "embeddings.cls_token",
@@ -55,12 +65,12 @@ def vit_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         found = f"{unknown} in it" if unknown else f"no {absent}"
         raise UserError(
             f"--format hf: expected a plain pre-trained ViT (cls token, positions, final norm), found {found}, which ViTModel "
-            "cannot hold; take --format timm, or the encoder before fine-tuning"
+            "cannot hold; take --format torch-export, or the encoder before fine-tuning"
         )
     return {name: value.clone().contiguous() for name, value in renamed.items()}
 
 
-def vit_config(found: Pretrained, about: Mapping[str, Any]) -> dict[str, Any]:
+def vit_config(found: "Pretrained", about: Mapping[str, Any]) -> dict[str, Any]:
     """ViTModel's config.json; `about` says where the weights come from."""
     model, sizes = found.model, found.record["sizes"]
     return {
@@ -85,7 +95,7 @@ def vit_config(found: Pretrained, about: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def preprocessor_config(found: Pretrained) -> dict[str, Any]:
+def preprocessor_config(found: "Pretrained") -> dict[str, Any]:
     """The evaluation's transform as an image processor with a centre crop (ViTImageProcessor has none)."""
     side = found.image_size
     return {
@@ -111,3 +121,107 @@ def _parts(name: str) -> tuple[str | None, str, str]:
     _, block, rest = name.split(".", 2)
     part, _, kind = rest.rpartition(".")
     return block, part, kind
+
+
+@dataclass(frozen=True)
+class ViTFolder:
+    """What a folder of transformers' ViT holds.
+
+    Attributes:
+        model: timm's, of its sizes, weights not yet set.
+        weights: fp32, finite, with timm's names.
+        head: `head.weight` and `head.bias` of ViTForImageClassification, else empty.
+        left_out: tensors of other parts, such as the pooler.
+        config: config.json.
+        pixels: `mean`, `std` and `crop_pct`, as far as preprocessor_config.json says them.
+    """
+
+    model: VisionTransformer
+    weights: dict[str, Tensor]
+    head: dict[str, Tensor]
+    left_out: dict[str, int]
+    config: dict[str, Any]
+    pixels: dict[str, Any]
+
+
+def is_vit_folder(config: Path) -> bool:
+    """Whether a config.json is that of a ViT of transformers."""
+    return _json(config).get("model_type") == "vit"
+
+
+def read_vit(folder: Path) -> ViTFolder:
+    """Read a folder for which `is_vit_folder` is true.
+
+    Raises:
+        UserError: a config.json without sizes, another activation, or weights that cannot be read or are not finite.
+    """
+    config, place = _json(folder / "config.json"), folder / "config.json"
+    try:
+        model = VisionTransformer(
+            img_size=int(config["image_size"]),
+            patch_size=int(config["patch_size"]),
+            embed_dim=config["hidden_size"],
+            depth=config["num_hidden_layers"],
+            num_heads=config["num_attention_heads"],
+            mlp_ratio=config["intermediate_size"] / config["hidden_size"],
+            qkv_bias=config.get("qkv_bias", True),
+            num_classes=0,
+            norm_layer=partial(LayerNorm, eps=config["layer_norm_eps"]),
+            weight_init="skip",
+        )
+    except (KeyError, TypeError, ValueError, AssertionError, ZeroDivisionError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:160]
+        raise UserError(f"checkpoint: {place}: expected the sizes of a ViT, found {reason}; export it again") from error
+    if config.get("hidden_act", "gelu") != "gelu":
+        raise UserError(
+            f"checkpoint: {place}: expected hidden_act gelu, found {config['hidden_act']}; name another model"
+        )
+    weights, head, left_out = timm_names(load_tensors(folder / "model.safetensors"))
+    check_finite({**weights, **head}, folder)
+    return ViTFolder(model, weights, head, left_out, config, _pixels(_json(folder / "preprocessor_config.json")))
+
+
+def timm_names(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, int]]:
+    """ViTModel's or ViTForImageClassification's names as timm's: encoder, linear head, and tensors of other parts by name."""
+    embeddings = {theirs: ours for ours, theirs in _EMBEDDINGS.items()}
+    parts = {theirs: ours for ours, theirs in _BLOCK.items()}
+    weights: dict[str, Tensor] = {}
+    head: dict[str, Tensor] = {}
+    packed: dict[str, dict[str, Tensor]] = {}
+    left_out: Counter[str] = Counter()
+    for long, value in state.items():
+        name, value = long.removeprefix("vit."), value.float()
+        where, _, kind = name.rpartition(".")
+        block, _, part = where.removeprefix("encoder.layer.").partition(".")
+        first, _, which = part.rpartition(".")
+        if name in embeddings:
+            weights[embeddings[name]] = value
+        elif where.startswith("encoder.layer.") and part in parts:
+            weights[f"blocks.{block}.{parts[part]}.{kind}"] = value
+        elif where.startswith("encoder.layer.") and first == "attention.attention" and which in _QKV:
+            packed.setdefault(f"blocks.{block}.attn.qkv.{kind}", {})[which] = value
+        elif where == "classifier":
+            head[f"head.{kind}"] = value
+        else:
+            left_out[name.partition(".")[0]] += 1
+    weights |= {name: torch.cat([found[w] for w in _QKV if w in found]) for name, found in packed.items()}
+    return weights, head if len(head) == 2 else {}, dict(left_out)
+
+
+def _pixels(told: Mapping[str, Any]) -> dict[str, Any]:
+    """timm's words for what a preprocessor says."""
+    found = {ours: told[theirs] for ours, theirs in (("mean", "image_mean"), ("std", "image_std")) if theirs in told}
+    crop, size = told.get("crop_size"), told.get("size")
+    if isinstance(crop, dict) and isinstance(size, dict) and "shortest_edge" in size and "height" in crop:
+        # A share that gives the edge again when timm's transform cuts off int(height / share).
+        found["crop_pct"] = min(1.0, crop["height"] / size["shortest_edge"]) * (1 - 1e-12)
+    return found
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """A JSON object; empty where there is none."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -105,6 +105,6 @@ def _about(source: str, found: Pretrained) -> dict[str, Any]:
     if found.record["format"] == "run":
         about["recipe"] = find_checkpoint(source).recipe.model_dump(mode="json")
     config = Path(source) / CONFIG
-    if found.record["format"] == "export" and config.is_file():
+    if found.record["format"] in ("export", "transformers") and config.is_file():
         about |= json.loads(config.read_text()).get("lut_ds") or {}
     return about

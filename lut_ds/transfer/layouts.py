@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import pickle
 import warnings
 from collections import Counter
 from collections.abc import Mapping
@@ -20,6 +19,7 @@ from lut_ds.transfer.load import Kind
 
 # First parts of timm's names in a plain ViT; anything else in a file belongs to heads, decoders and objectives.
 ENCODER_PARTS = ("cls_token", "pos_embed", "patch_embed", "blocks", "norm", "norm_pre", "fc_norm", "reg_token")
+_MOCO_NAMES = ("vit_small", "vit_base", "vit_conv_small", "vit_conv_base")  # MoCo v3's, for `arch` in its files
 _WRAPPERS = ("module.", "base_encoder.", "momentum_encoder.", "backbone.", "ema.", "encoder.")
 
 
@@ -31,7 +31,7 @@ class StateDict:
         layout: lut, mae, moco_v3, dino, ibot or plain.
         kind: whose weights, None where the file has one set and does not say.
         weights: fp32, finite, with timm's names.
-        left_out: tensors of each other part, by the first part of its name.
+        left_out: tensors of each other part, by the first part of its name, and of other state dicts by what they are called.
         epoch: the one it was saved after, where the file says so.
         head: `head.weight` [C, D] and `head.bias` [C] of a linear classifier, fp32; empty where the file has none.
     """
@@ -47,8 +47,8 @@ class StateDict:
 def read_state_dict(path: Path, kind: Kind | None) -> StateDict:
     """Read a .safetensors file, or a file of torch.save without running anything that is in it.
 
-    Known layouts: LUT and MAE (`model`, `model_ema`), MoCo v3 (`state_dict` with base and momentum encoder), DINO and iBOT
-    (`student`, `teacher`), and an encoder alone, at the top or under `state_dict` or `model`.
+    Known layouts: LUT and MAE (`model`, `model_ema`), MoCo v3 (`state_dict` with base and momentum encoder, or a classifier's),
+    DINO and iBOT (`student`, `teacher`), and an encoder alone, at the top or under `state_dict` or `model`.
 
     Args:
         kind: the student (MoCo's base encoder), or the average of it; None takes the average where there is one.
@@ -56,10 +56,10 @@ def read_state_dict(path: Path, kind: Kind | None) -> StateDict:
     Raises:
         UserError: no such file, not readable safely, no such weights in it, or values that are not finite.
     """
-    content = _load_safetensors(path) if path.suffix == ".safetensors" else load_safely(path)
-    layout, found, state = _find(content, kind, path)
+    content = load_tensors(path) if path.suffix == ".safetensors" else load_safely(path)
+    layout, found, state, others = _find(content, kind, path)
     weights: dict[str, Tensor] = {}
-    left_out: Counter[str] = Counter()
+    left_out = Counter(others)
     head: dict[str, Tensor] = {}
     for name, value in state.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
@@ -74,7 +74,7 @@ def read_state_dict(path: Path, kind: Kind | None) -> StateDict:
             left_out[part] += 1
         if short in ("head.weight", "head.bias"):
             head[short] = value.float()
-    if layout == "dino" and "masked_embed" in left_out:
+    if layout == "dino" and ("masked_embed" in left_out or "ibot_loss" in content):
         layout = "ibot"
     if not weights:
         raise UserError(f"checkpoint: {path}: expected a Vision Transformer, found {_some(state)}; name another file")
@@ -100,17 +100,18 @@ def load_safely(path: Path, expected: str = "expected a state dict") -> Mapping[
             content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"checkpoint: {path}: no such file; correct the path") from None
-    except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+    except Exception as error:  # a damaged file leads torch's reader to errors of any kind
         reason = " ".join(str(error).split())[:160]
         raise UserError(
-            f"checkpoint: {path}: {expected}, found a file that cannot be read safely: {reason}; name another"
+            f"checkpoint: {path}: {expected}, found a file that cannot be read safely: {reason or type(error).__name__}; name another"
         ) from error
     if not isinstance(content, Mapping):
         raise UserError(f"checkpoint: {path}: {expected}, found a {type(content).__name__}; name another")
     return content
 
 
-def _load_safetensors(path: Path) -> dict[str, Tensor]:
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file; UserError where it is not there, or damaged."""
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
@@ -130,24 +131,43 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _find(content: Mapping[Any, Any], kind: Kind | None, path: Path) -> tuple[str, Kind | None, Mapping[Any, Any]]:
-    """Layout, whose weights, and their state dict."""
+def _find(
+    content: Mapping[Any, Any], kind: Kind | None, path: Path
+) -> tuple[str, Kind | None, Mapping[Any, Any], dict[str, int]]:
+    """Layout, whose weights, their state dict, and the tensors of other state dicts by what these are called."""
     state = content.get("state_dict")
     if isinstance(state, Mapping):
-        moco = {
-            name: {k: v for k, v in state.items() if isinstance(k, str) and part in k}
-            for name, part in (("student", "base_encoder."), ("ema", "momentum_encoder."))
-        }
-        return ("moco_v3", *_pick(moco, kind, path)) if any(moco.values()) else ("plain", None, state)
-    if any(isinstance(content.get(entry), Mapping) for entry in ("student", "teacher")):
-        return ("dino", *_pick({"student": content.get("student"), "ema": content.get("teacher")}, kind, path))
-    model = content.get("model")
-    if isinstance(model, Mapping):
-        if "model_ema" not in content and "mask_token" not in model and kind is None:
-            return "plain", None, model
-        layout = "lut" if "model_ema" in content else "mae"
-        return (layout, *_pick({"student": model, "ema": content.get("model_ema")}, kind, path))
-    return "plain", None, content
+        return _find_moco(content, state, kind, path)
+    for layout, sets in (
+        ("dino", {"student": "student", "ema": "teacher"}),
+        ("lut", {"student": "model", "ema": "model_ema"}),
+    ):
+        held = {name: content.get(entry) for name, entry in sets.items()}
+        if not any(isinstance(each, Mapping) for each in held.values()):
+            continue
+        if layout == "lut" and held["ema"] is None:  # MAE's pre-training has a mask token, and it has no average
+            if isinstance(held["student"], Mapping) and "mask_token" not in held["student"] and kind is None:
+                return "plain", None, held["student"], {}
+            layout = "mae"
+        whose, chosen = _pick(held, kind, path)
+        others = {sets[n]: len(each) for n, each in held.items() if n != whose and isinstance(each, Mapping)}
+        return layout, whose, chosen, others
+    return "plain", None, content, {}
+
+
+def _find_moco(
+    content: Mapping[Any, Any], state: Mapping[Any, Any], kind: Kind | None, path: Path
+) -> tuple[str, Kind | None, Mapping[Any, Any], dict[str, int]]:
+    """As `_find`, of a file with a `state_dict`: MoCo v3's pre-training and classifiers, or an encoder alone."""
+    sets = {
+        name: {k: v for k, v in state.items() if isinstance(k, str) and part in k}
+        for name, part in (("student", "base_encoder."), ("ema", "momentum_encoder."))
+    }
+    if not any(sets.values()):
+        return "moco_v3" if content.get("arch") in _MOCO_NAMES else "plain", None, state, {}
+    whose, chosen = _pick(sets, kind, path)
+    others = Counter(str(name).removeprefix("module.").partition(".")[0] for name in state if name not in chosen)
+    return "moco_v3", whose, chosen, dict(others)
 
 
 def _pick(sets: Mapping[str, Any], kind: Kind | None, path: Path) -> tuple[Kind, Mapping[Any, Any]]:

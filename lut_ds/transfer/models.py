@@ -1,6 +1,7 @@
 """Any pre-trained ViT as timm's VisionTransformer: our runs and exports, timm's models, and published checkpoints."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -17,7 +18,8 @@ from lut_ds.config import Model
 from lut_ds.errors import UserError
 from lut_ds.method.linear import use_fast_linear
 from lut_ds.method.pixels import IMAGENET_MEAN, IMAGENET_STD
-from lut_ds.transfer.layouts import StateDict, check_finite, read_config, read_state_dict
+from lut_ds.transfer.huggingface import is_vit_folder, read_vit
+from lut_ds.transfer.layouts import ENCODER_PARTS, StateDict, check_finite, read_config, read_state_dict
 from lut_ds.transfer.load import Kind, find_checkpoint, load_encoder
 from lut_ds.transfer.published import HEADS
 
@@ -69,9 +71,9 @@ def load_model(
     """A pre-trained ViT as timm's VisionTransformer.
 
     Args:
-        source: run folder, checkpoint folder, export folder (model.safetensors and timm's config.json), a .safetensors or
-            .pth file of timm, LUT, MAE, MoCo v3, DINO or iBOT; `timm:NAME` for that model with random weights,
-            `timm:NAME:FILE` with the weights of a file.
+        source: run folder, checkpoint folder, export folder (model.safetensors and the config.json of timm, or of a ViT of
+            transformers), a .safetensors or .pth file of timm, LUT, MAE, MoCo v3, DINO or iBOT; `timm:NAME` for that model with
+            random weights, `timm:NAME.TAG` with those that timm publishes so, `timm:NAME:FILE` with the weights of a file.
         kind: `student` or `ema`; None takes the average of the student's weights where there is one.
         image_size: evaluate at this side: positions are resampled as timm does (bicubic). None: as trained.
         heads: attention heads, for a file that has neither a config.json nor a published width.
@@ -139,6 +141,8 @@ def _from_run(path: Path, kind: Kind | None) -> Pretrained:
 
 
 def _from_export(weights: Path, config: Path) -> Pretrained:
+    if is_vit_folder(config):
+        return _from_transformers(weights.parent)
     cfg = read_config(config)
     about = cfg.get("lut_ds") or {}
     model = _create(cfg["architecture"], {**cfg.get("model_args", {}), "num_classes": 0}, config)
@@ -156,9 +160,19 @@ def _from_export(weights: Path, config: Path) -> Pretrained:
     )
 
 
+def _from_transformers(folder: Path) -> Pretrained:
+    found = read_vit(folder)
+    _load(found.model, found.weights, folder)
+    about = found.config.get("lut_ds") or {}
+    record = {"kind": about.get("kind"), "step": about.get("step"), "left_out": found.left_out}
+    return _pretrained(found.model, found.pixels, found.head, source=str(folder), format="transformers", **record)
+
+
 def _from_timm(text: str, kind: Kind | None) -> Pretrained:
     name, _, file = text.removeprefix(PREFIX).partition(":")
     model = _create(name, {"num_classes": 0}, text)
+    if not file and "." in name:
+        return _from_timms_own(model, name, text)
     if not file:
         return _pretrained(model, model.pretrained_cfg, source=text, format="timm", random=True)
     state = read_state_dict(Path(file), kind)
@@ -166,6 +180,16 @@ def _from_timm(text: str, kind: Kind | None) -> Pretrained:
     return _pretrained(
         model, model.pretrained_cfg, state.head, source=text, format="timm", kind=state.kind, left_out=state.left_out
     )
+
+
+def _from_timms_own(model: VisionTransformer, name: str, text: str) -> Pretrained:
+    """The weights that timm publishes under a tag, from its cache or the network."""
+    state = _create(name, {"pretrained": True}, text).state_dict()
+    head = {key: value for key, value in state.items() if key.partition(".")[0] not in ENCODER_PARTS}
+    _load(model, {key: value for key, value in state.items() if key not in head}, Path(name))
+    parts = dict(Counter(key.partition(".")[0] for key in head))
+    linear = head if set(head) == {"head.weight", "head.bias"} else {}
+    return _pretrained(model, model.pretrained_cfg, linear, source=text, format="timm", left_out=parts)
 
 
 def _from_file(path: Path, kind: Kind | None, heads: int | None) -> Pretrained:
@@ -203,7 +227,13 @@ def plain_vit(sizes: Model, fc_norm: bool = False) -> VisionTransformer:
 
 def _create(name: str, arguments: Mapping[str, Any], where: object) -> VisionTransformer:
     try:
-        model = timm.create_model(name, pretrained=False, **arguments)
+        model = timm.create_model(name, **arguments)
+    except OSError as error:  # of the network, and of a cache without the file
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(
+            f"checkpoint: {where}: no weights in timm's cache, and none could be downloaded: {reason}; download them "
+            f"elsewhere and name the file: timm:{name.partition('.')[0]}:FILE"
+        ) from error
     except (RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:160]
         near = ", ".join(timm.list_models(f"{name[:9]}*")[:3])
@@ -265,7 +295,10 @@ def _sizes(state: StateDict, heads: int | None, path: Path) -> Model:
     published = {**HEADS, **(_MOCO_HEADS if state.layout == "moco_v3" else {})}
     heads = heads or published.get(width)
     if heads is None:
-        raise UserError(f"checkpoint: {path}: width {width} is none of the published encoders'; add --heads N")
+        raise UserError(
+            f"checkpoint: {path}: width {width} is none of the published encoders'; add --heads N (for segment "
+            "model.source_heads=N, for finetune the recipe of its size)"
+        )
     grid = round((weights["pos_embed"].shape[1] - 1) ** 0.5)
     try:
         return Model(

@@ -6,10 +6,13 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
+from PIL import Image
 
+from lut_ds.config import Model
 from lut_ds.data.folder import ImageFolder
 from lut_ds.engine.launch import Ranks
 from lut_ds.transfer.accuracy import accuracy, by_frequency
+from lut_ds.transfer.export import classifier_config
 from tests.data.images import write_folder
 
 
@@ -37,6 +40,20 @@ def test_counts_by_class(tmp_path: Path) -> None:
     assert found["mean_class"] == pytest.approx(sum(shares) / 3)
     assert found["top1"] == pytest.approx(100 * sum(map(sum, right)) / 11)
     assert (found["top5"], found["images"]) == (100, 11)
+
+
+@pytest.mark.parametrize("side, seen", [(224, [100, 0, 0]), (232, [0, 0, 100])])
+def test_large_images_are_not_cropped(side: int, seen: list[float], tmp_path: Path) -> None:
+    """As MAE and LUT evaluate: a blue frame around red decides only where all of the image is looked at."""
+    picture = Image.new("RGB", (240, 240), (0, 0, 255))
+    picture.paste((60, 0, 0), (15, 15, 225, 225))
+    for name in "012":
+        (tmp_path / name).mkdir()
+        picture.save(tmp_path / name / "one.png")
+    source = ImageFolder(tmp_path)
+    assert accuracy(Brightness(), source, side, Ranks(0, 1, 0, torch.device("cpu"), "none"), 3, 1)["per_class"] == seen
+    config = classifier_config(Model(image_size=side, patch_size=8), "mean", source.classes, {})
+    assert config["pretrained_cfg"]["crop_pct"] == {224: 0.875, 232: 1.0}[side]
 
 
 class Single:

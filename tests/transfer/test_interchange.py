@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,45 @@ def test_hugging_faces_forward_has_our_features(hf, lut_run, images):
     assert (other - expected).abs().max() > 1e-3
 
 
+def test_an_export_for_transformers_is_the_same_model_here(hf, lut_run):
+    run, found = load_model(lut_run, "student"), load_model(hf[0])
+    assert found.record["format"] == "transformers"
+    for key in ("weights", "kind", "step", "sizes"):
+        assert found.record[key] == run.record[key], key
+    assert (found.mean, found.std, found.image_size) == (run.mean, run.std, run.image_size)
+    assert int(found.image_size / found.crop) == int(run.image_size / run.crop)
+
+
+def test_a_classifier_of_transformers_has_its_head_and_norm(hf, tmp_path):
+    folder = shutil.copytree(hf[0], tmp_path / "classifier")
+    config = json.loads((folder / "config.json").read_text()) | {"layer_norm_eps": 0.5}
+    (folder / "config.json").write_text(json.dumps(config))
+    encoder = load_file(folder / "model.safetensors")
+    head = {"classifier.weight": torch.randn(3, 32), "classifier.bias": torch.randn(3)}
+    named = {f"vit.{name}": value for name, value in encoder.items()}
+    save_file({**named, **head, "vit.pooler.dense.weight": torch.ones(2)}, folder / "model.safetensors")
+    found = load_model(folder)
+    assert found.model.norm.eps == found.model.blocks[0].norm1.eps == 0.5
+    assert found.record["left_out"] == {"pooler": 1}
+    assert torch.equal(found.head["head.weight"], head["classifier.weight"])
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [({"hidden_size": None}, "expected the sizes of a ViT"), ({"hidden_act": "relu"}, "found relu")],
+)
+def test_a_vit_folder_that_does_not_fit_is_one_line(change, words, hf, tmp_path):
+    folder = shutil.copytree(hf[0], tmp_path / "out")
+    config = json.loads((folder / "config.json").read_text()) | change
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=words):
+        load_model(folder)
+    config |= {"hidden_size": 64, "intermediate_size": 256, "hidden_act": "gelu"}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="expected the weights of a ViT of width 64"):
+        load_model(folder)
+
+
 @torch.no_grad()
 def test_transformers_itself_has_our_features(hf, lut_run, images):
     transformers = pytest.importorskip("transformers")
@@ -103,7 +143,7 @@ def test_what_vitmodel_cannot_hold_is_refused(change, tmp_path):
     config = {"architecture": "vit_base_patch16_224", "model_args": {**sizes, **change}}
     (tmp_path / "in" / "config.json").write_text(json.dumps(config))
     save_file(model.state_dict(), tmp_path / "in" / "model.safetensors")
-    with pytest.raises(UserError, match="which ViTModel cannot hold; take --format timm"):
+    with pytest.raises(UserError, match="which ViTModel cannot hold; take --format torch-export"):
         export(str(tmp_path / "in"), "ema", str(tmp_path / "out"), "hf")
     assert not (tmp_path / "out").exists()
 

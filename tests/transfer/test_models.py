@@ -2,13 +2,17 @@
 
 import argparse
 
+import huggingface_hub
+import numpy as np
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 
 from lut_ds.errors import UserError
 from lut_ds.method.lut import encode_views, pool
 from lut_ds.transfer.export import export_timm
+from lut_ds.transfer.layouts import load_safely
 from lut_ds.transfer.load import find_checkpoint, load_encoder
 from lut_ds.transfer.models import load_model
 
@@ -70,10 +74,14 @@ def test_published_layouts_give_timms_features(layout, kind, tmp_path):
         torch.testing.assert_close(found.features(images(), "mean"), tokens[:, 1:].mean(1), atol=1e-5, rtol=0)
         torch.testing.assert_close(found.features(images(), "cls"), tokens[:, 0], atol=1e-5, rtol=0)
     assert (found.record["format"], found.record["kind"]) == (layout, kind or "ema")
-    left = {"moco_v3": {"head"}, "dino": {"head"}, "ibot": {"head", "masked_embed"}, "lut": {"mask_token"}}[layout]
-    if layout == "lut" and kind != "student":
-        left = set()
-    assert set(found.record["left_out"]) == left
+    of_student = kind == "student"
+    left = {
+        "moco_v3": {"head": 1, "predictor": 1, "momentum_encoder" if of_student else "base_encoder": 31},
+        "dino": {"head": 1, "teacher" if of_student else "student": 31},
+        "ibot": {"head": 1, "masked_embed": 1, "teacher" if of_student else "student": 32},
+        "lut": {"mask_token": 1, "model_ema": 30} if of_student else {"model": 31},
+    }[layout]
+    assert found.record["left_out"] == left
 
 
 @pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"state_dict": s}, lambda s: {"model": s}])
@@ -92,6 +100,10 @@ def test_moco_v3_small_has_twelve_heads(tmp_path):
     torch.save({"state_dict": state}, tmp_path / "moco.pth")
     assert load_model(tmp_path / "moco.pth", "student").record["sizes"]["heads"] == 12
     assert load_model(tmp_path / "dino.pth", "student").record["sizes"]["heads"] == 6
+    state = named("module.", {**small.state_dict(), "head.weight": torch.ones(5, 384), "head.bias": torch.ones(5)})
+    torch.save({"epoch": 90, "arch": "vit_small", "state_dict": state}, tmp_path / "linear.pth.tar")
+    linear = load_model(tmp_path / "linear.pth.tar")
+    assert (linear.record["sizes"]["heads"], linear.record["left_out"]) == (12, {"head": 2})
 
 
 @pytest.mark.parametrize("kind", ["student", "ema"])
@@ -121,10 +133,53 @@ def test_timm_names_with_and_without_a_file(tmp_path):
     assert (found.record["left_out"], found.record["resized_from"], found.record["random"]) == ({"head": 2}, 224, False)
 
 
+def test_weights_that_timm_publishes(tmp_path, monkeypatch):
+    """From a cache as a download leaves it: no network is asked."""
+    published = timm.create_model("test_vit.r160_in1k").eval()
+    commit = tmp_path / "models--timm--test_vit.r160_in1k" / "snapshots" / ("0" * 40)
+    commit.mkdir(parents=True)
+    save_file(published.state_dict(), commit / "model.safetensors")
+    (commit.parent.parent / "refs").mkdir()
+    (commit.parent.parent / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "empty"))
+    monkeypatch.setattr(timm.models._hub, "_DEFAULT_HUB_CACHE", None, raising=False)
+    with pytest.raises(UserError, match=r"no weights in timm's cache.*name the file: timm:test_vit:FILE"):
+        load_model("timm:test_vit.r160_in1k")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    found = load_model("timm:test_vit.r160_in1k")
+    assert not found.record["random"]
+    assert found.record["left_out"] == {"head": 2}
+    assert torch.equal(found.head["head.weight"], published.head.weight)
+    with torch.no_grad():
+        expected = published.forward_features(images(160))
+        torch.testing.assert_close(found.model.forward_features(images(160)), expected, atol=1e-5, rtol=0)
+
+
 def poisoned():
     state = vit().state_dict()
     state["blocks.1.attn.qkv.weight"][0, 0] = torch.nan
     return state
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_changed_byte_is_one_line_or_does_not_matter(zipped, tmp_path):
+    """torch's reader answers damage with errors of any kind."""
+    file = tmp_path / "file.pth"
+    state = {"model": {"a.b": torch.ones(2)}, "args": argparse.Namespace(a=1), "epoch": 3}
+    torch.save(state, file, _use_new_zipfile_serialization=zipped)
+    whole, random = file.read_bytes(), np.random.default_rng(0)
+    refused = []
+    for _ in range(300):
+        content = bytearray(whole)
+        content[random.integers(min(len(content), 900))] = random.integers(256)
+        file.write_bytes(content)
+        try:
+            load_safely(file)
+        except UserError as error:
+            refused.append(str(error))
+    assert len(refused) > 50
+    assert not [text for text in refused if "\n" in text]
 
 
 def without(name):

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,7 @@ def start_model(recipe: SegmentRecipe, classes: int) -> tuple[Segmenter, Pretrai
         raise UserError(
             f"checkpoint: {m.source}: expected a plain ViT, found {strange[0]} in it too; name another checkpoint"
         )
-    return model, found, loaded
+    return model, found, replace(loaded, not_read=found.record["left_out"])
 
 
 def _expected_sizes(recipe: SegmentRecipe, found: Pretrained) -> Model:
