@@ -148,24 +148,36 @@ def reconstructions(found: Mapping[str, tuple[Draw, str] | str]) -> page.Section
 
 
 def analyses(runs: Sequence[RunRecord], stored: Mapping[str, Sequence[StoredAnalysis]]) -> page.Section | None:
-    """The figures that `lut-ds analyze` left; None where it left none."""
+    """The figures that `lut-ds analyze` left, one that two runs share once; None where it left none."""
     body = ""
     for name in ANALYSES:
+        shown: list[bytes] = []
         for run in runs:
             for each in stored.get(run.name, ()):
-                if each.name == name:
+                if each.name == name and each.light not in shown:
                     body += _analysis(run.name if len(runs) > 1 else "", each)
+                    shown.append(each.light)
     return page.Section("Analyses", body) if body else None
 
 
 def _analysis(run: str, each: StoredAnalysis) -> str:
     models = each.record["models"]
-    steps = [f"{who}: step {about['step']:,}" for who, about in models.items() if about.get("step") is not None]
+    steps = [
+        f"{who}: {_whose(about)}step {about['step']:,}"
+        for who, about in models.items()
+        if about.get("step") is not None
+    ]
     said = [f"{each.caption} {each.record['images']} images; {', '.join(steps) or ', '.join(models)}."]
-    title = ANALYSES[each.name] + (f": {run}" if run else "")
+    of = " and ".join(models) if len(models) > 1 else run
+    title = ANALYSES[each.name] + (f": {of}" if of else "")
     said_of = [_sentence(who if len(each.sentences) > 1 else "", words) for who, words in each.sentences.items()]
     picture = page.stored_picture(each.light, each.dark, ANALYSES[each.name], " ".join(said))
     return page.part(title, page.text(*said_of) + picture)
+
+
+def _whose(about: Mapping[str, Any]) -> str:
+    """Of a model's record: the student, or the average of it."""
+    return {"ema": "the average after ", "student": "the student after "}.get(str(about.get("kind")), "")
 
 
 def _sentence(who: str, words: str) -> str:

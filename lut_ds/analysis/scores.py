@@ -18,7 +18,7 @@ def headline(run: RunRecord) -> dict[str, float]:
     for folder, results in run.evaluations.items():
         with contextlib.suppress(LookupError, TypeError, ValueError, AttributeError):  # incomplete: the page says so
             for key, value in _main(results).items():
-                found[f"{NAMES.get(folder, folder)} {key}"] = value
+                found[f"{_named(folder)} {key}"] = value
     if isinstance(knn := run.results.get("knn"), dict):
         for name, value in knn.get("top1", {}).items():
             found[f"demo's k-NN top-1, {name.replace('_', ' ')}"] = value
@@ -26,6 +26,12 @@ def headline(run: RunRecord) -> dict[str, float]:
         if values := [score[key] for score in run.scores if score.get(key) is not None]:
             found[f"best {SCORES[key]} on val"] = max(values)
     return found
+
+
+def _named(folder: str) -> str:
+    """What was evaluated, from the name of its folder."""
+    name = folder.removesuffix("_student")
+    return NAMES.get(name, name) + (" of the student" if name != folder else "")
 
 
 def _main(results: Mapping[str, Any]) -> dict[str, float]:

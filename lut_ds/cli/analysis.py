@@ -9,7 +9,8 @@ from lut_ds.cli.parser import DONE, Answer, Commands, positive
 def analyze(args: argparse.Namespace) -> Answer:
     """Look into a frozen model, or two beside each other: attention, relevance, spectra, similarity of layers.
 
-    Writes a JSON and a PNG for each analysis into the output folder (default: evaluations/analysis in the run).
+    Writes a JSON and a PNG for each analysis into the output folder (default: evaluations/analysis in the run; of two runs
+    evaluations/analysis_with_OTHER in both).
     """
     from lut_ds.transfer.analyze import DRAWINGS, analyze, describe
 

@@ -1,14 +1,14 @@
 """`lut-ds analyze`: checkpoints and data joined with the analyses of lut_ds.analysis; a JSON and two pictures for each.
 
-Written to the output folder: ANALYSIS.json, ANALYSIS.png and, for dark pages, ANALYSIS-dark.png. What was written stays when
-other analyses are run into the same folder.
+Written to the output folder: ANALYSIS.json, ANALYSIS.png and, for dark pages, ANALYSIS-dark.png; of two runs beside each other to
+a folder in each, so that the report of either has it. What was written stays when other analyses are run into the same folder.
 """
 
 import functools
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,10 @@ from lut_ds.analysis.probes import draw_layers
 from lut_ds.analysis.runs import short_names
 from lut_ds.analysis.subject import Drawing, Found, Subject, check_attention
 from lut_ds.data.loader import EvalLoader
+from lut_ds.data.outputs import check_writable
 from lut_ds.data.sources import Source, open_source
 from lut_ds.errors import RunFault, UserError
-from lut_ds.transfer.evaluate import Request, own_data
+from lut_ds.transfer.evaluate import Request, own_data, run_of
 from lut_ds.transfer.features import Compute, computing
 from lut_ds.transfer.labelled import open_labelled
 from lut_ds.transfer.layer_probe import probe_layers
@@ -51,6 +52,7 @@ class Scene:
         models: one or two, by the name that figures use.
         train, val: train is None where the data have no labels.
         chosen: samples of train (for `layers`) and of val (for all).
+        outputs: folders that all files are written to.
     """
 
     request: Request
@@ -58,7 +60,7 @@ class Scene:
     train: Source | None
     val: Source
     chosen: tuple[NDArray[np.int64], NDArray[np.int64]]
-    output: Path
+    outputs: tuple[Path, ...]
 
 
 def analyze(
@@ -75,7 +77,7 @@ def analyze(
 
     Returns:
         `models` (records by name), `data`, `images`, `analyses` (what each found, by its name and the model's), `files`,
-        `output`.
+        `output` (the folder that they are in), `outputs` (that, and the second run's where the same files are too).
 
     Raises:
         UserError: a name, checkpoint or data that cannot be analysed, or labels missing for `layers`.
@@ -100,8 +102,11 @@ def analyze(
         for name in only:
             each = _run(name, scene, subjects, compute)
             found[name] = {who: value.numbers for who, value in each.items()}
-            files |= _write(scene.output, name, each, {"analysis": name, **about, "found": found[name]})
-    return {**about, "analyses": found, "files": files, "output": str(scene.output)}
+            for folder in reversed(scene.outputs):
+                written = _write(folder, name, each, {"analysis": name, **about, "found": found[name]})
+            files |= written
+    outputs = [str(folder) for folder in scene.outputs]
+    return {**about, "analyses": found, "files": files, "output": outputs[0], "outputs": outputs}
 
 
 def _prepare(request: Request, other: str | None, only: Sequence[str], images: int, train_images: int) -> Scene:
@@ -123,10 +128,20 @@ def _prepare(request: Request, other: str | None, only: Sequence[str], images: i
             raise UserError(f"--pool: expected a model with a cls token, found none in {name}; take --pool mean")
     data = request.data or own_data(request.source)
     train, val = _open(data, labels_needed="layers" in only)
-    output = request.folders("analysis" if other is None else f"analysis_with_{list(models)[1].replace('/', '_')}")[0]
-    if output.is_file():
-        raise UserError(f"output: {output}: expected a folder, found a file; name another")
-    return Scene(request, models, train, val, (spread(train, train_images), spread(val, images)), output)
+    outputs = _outputs(request, other, list(models))
+    for output in outputs:
+        check_writable(output=output)
+    return Scene(request, models, train, val, (spread(train, train_images), spread(val, images)), outputs)
+
+
+def _outputs(request: Request, other: str | None, names: Sequence[str]) -> tuple[Path, ...]:
+    """The folder that was named; else one in the first run, or of that source, and one in the second run if that is another."""
+    if request.output or other is None:
+        return (request.folders("analysis")[0],)
+    first, second = (f"analysis_with_{name.replace('/', '_')}" for name in reversed(names))
+    places = (request.folders(first)[0], replace(request, source=other).folders(second)[0])
+    own, theirs = (None if source.startswith(PREFIX) else run_of(source) for source in (request.source, other))
+    return places if theirs is not None and (own is None or own.resolve() != theirs.resolve()) else places[:1]
 
 
 def _open(data: str, labels_needed: bool) -> tuple[Source | None, Source]:
@@ -203,4 +218,4 @@ def describe(results: Mapping[str, Any]) -> str:
     lines = [f"{name}: {record['source']}" for name, record in results["models"].items()]
     for name, found in results["analyses"].items():
         lines += [f"  {name:18} {who}: {sentence(name, each)}" for who, each in found.items()]
-    return "\n".join([*lines, f"written to {results['output']}"])
+    return "\n".join([*lines, f"written to {' and '.join(results['outputs'])}"])

@@ -1,5 +1,6 @@
 """A model card: what an exported encoder is, how to load it, how it was trained and what was measured, each as recorded."""
 
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,11 +9,11 @@ from typing import Any
 import yaml
 
 from lut_ds.tracking import read_metrics
-from lut_ds.transfer.evaluate import Request
+from lut_ds.transfer.evaluate import STUDENT, Request
 from lut_ds.transfer.models import Pretrained
 from lut_ds.transfer.robustness.corruptions import MEASURED
 
-_EVALUATIONS = ("knn", "probe", "probe_mae", "robustness")
+_EVALUATIONS = tuple(name + end for name in ("knn", "probe", "probe_mae", "robustness") for end in ("", STUDENT))
 _HIDDEN = ("run",)  # sections of the recipe that are about a machine
 _FRONT = """---
 license: other # TO BE FILLED IN by whoever publishes this
@@ -100,9 +101,13 @@ def _results(base: Path, weights: str, about: Mapping[str, Any]) -> str:
     rows: list[tuple[str, str | None]] = []
     for name in _EVALUATIONS:
         found = _json(base / name / "results.json")
-        if found is not None and found.get("model", {}).get("weights") == weights:
-            data = Path(found["data"]).name
-            rows += [(f"{title} ({data})", f"{value:.2f} %") for title, value in _numbers(found) if value is not None]
+        with contextlib.suppress(
+            LookupError, TypeError, AttributeError
+        ):  # another version's: what it lacks is not quoted
+            if found is not None and found["model"]["weights"] == weights:
+                data = Path(found["data"]).name
+                numbers = [(title, value) for title, value in _numbers(found) if value is not None]
+                rows += [(f"{title} ({data})", f"{value:.2f} %") for title, value in numbers]
     if about.get("top1") is not None:
         rows.append(("fine-tuned, top-1 on its validation images", f"{about['top1']:.2f} %"))
     return (

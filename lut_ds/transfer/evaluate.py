@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lut_ds.analysis.figures import png, write_aside
 from lut_ds.analysis.probes import draw_history, draw_knn_by_k, draw_sweep
+from lut_ds.data.outputs import check_writable
 from lut_ds.data.sources import Source
 from lut_ds.errors import UserError
 from lut_ds.transfer.features import Compute, Features, computing, extract
@@ -22,6 +23,8 @@ from lut_ds.transfer.models import PREFIX, Pool, Pretrained, load_model
 from lut_ds.transfer.probe import Sweep, probe_features
 from lut_ds.transfer.probe_accuracy import per_class, write_head, write_results
 
+STUDENT = "_student"  # ends the name of a folder with results of --student
+
 
 @dataclass(frozen=True)
 class Request:
@@ -31,7 +34,7 @@ class Request:
         source, kind, image_size, heads: see `models.load_model`.
         data: folder with train/<class>/ and val/<class>/; None for a run's own data.
         pool: how tokens become one vector.
-        output: folder of the results; None: `evaluations/<name>` in the run, or in runs/ for other sources.
+        output: folder of the results; None: see `folders`, in `evaluations/` of the run, or of runs/ for other sources.
         cache: folder of the features; None: `evaluations/features` beside.
     """
 
@@ -48,9 +51,10 @@ class Request:
     precision: str = "fp32"
 
     def folders(self, name: str) -> tuple[Path, Path]:
-        """Results and cache of the evaluation `name`."""
+        """Results and cache of the evaluation `name`; the student's, where they were asked for, lie beside the average's."""
         base = _evaluations(self.source)
-        return Path(self.output or base / name), Path(self.cache or base / "features")
+        own = f"{name}{STUDENT}" if self.kind == "student" else name
+        return Path(self.output or base / own), Path(self.cache or base / "features")
 
 
 @dataclass(frozen=True)
@@ -135,14 +139,13 @@ def _prepare(request: Request, name: str) -> Subject:
     data = request.data or own_data(request.source)
     train, val = open_labelled(data)
     output, cache = request.folders(name)
-    if output.is_file():
-        raise UserError(f"output: {output}: expected a folder, found a file; name another")
+    check_writable(output=output, cache=cache)
     return Subject(model, train, val, data, output, cache)
 
 
 def own_data(source: str) -> str:
     """The data that a run was trained on."""
-    run = None if source.startswith(PREFIX) else _run_folder(source)
+    run = None if source.startswith(PREFIX) else run_of(source)
     if run is None:
         raise UserError("--data: expected a folder with train/<class>/ and val/<class>/, found none; name it")
     path = find_checkpoint(source).recipe.data.path
@@ -151,7 +154,7 @@ def own_data(source: str) -> str:
     return str(inside) if inside.is_dir() and not elsewhere else str(path)
 
 
-def _run_folder(source: str) -> Path | None:
+def run_of(source: str) -> Path | None:
     """The run that a run folder, its checkpoints, or one of them belongs to."""
     path = Path(source)
     for folder in (path, *path.parents[:2]):
@@ -161,7 +164,7 @@ def _run_folder(source: str) -> Path | None:
 
 
 def _evaluations(source: str) -> Path:
-    if not source.startswith(PREFIX) and (run := _run_folder(source)) is not None:
+    if not source.startswith(PREFIX) and (run := run_of(source)) is not None:
         return run / "evaluations"
     name = source.replace("/", "_").replace(":", "_").strip("._")
     return Path("runs") / "evaluations" / name

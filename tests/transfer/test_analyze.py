@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from lut_ds.analysis import attention_distance
 from lut_ds.cli import main
 from lut_ds.data.sources import open_source
+from lut_ds.report import report
 from lut_ds.transfer import analyze as module
 from lut_ds.transfer.analyze import DRAWINGS, spread
 from lut_ds.transfer.export import export_timm
@@ -56,16 +58,34 @@ def test_two_runs_side_by_side(lut_run, mae_run, analyze, tmp_path):
     assert layers["images"] == {"train": 80, "val": 24}
 
 
+def test_two_runs_have_the_files_in_both_and_one_figure_in_their_report(lut_run, mae_run, analyze, tmp_path):
+    first, second = shutil.copytree(lut_run, tmp_path / "first"), shutil.copytree(mae_run, tmp_path / "second")
+    options = ("--only", "spectrum", "--data", lut_run / "data", "--json", *FEW)
+    found = json.loads(analyze(first, second, *options).out)
+    assert found["outputs"] == [
+        str(first / "evaluations" / "analysis_with_second"),
+        str(second / "evaluations" / "analysis_with_first"),
+    ]
+    files = [sorted(p.name for p in Path(folder).iterdir()) for folder in found["outputs"]]
+    assert files == [["spectrum-dark.png", "spectrum.json", "spectrum.png"]] * 2
+    for runs, count in (((first, second), 1), ((second,), 1)):
+        page = Path(report(list(map(str, runs)), str(tmp_path / "page.html"))["file"]).read_text()
+        assert page.count("Singular values: first and second") == count
+    steps = sorted((first / "checkpoints").glob("step_*"))[:2]
+    outputs = module._outputs(module.Request(str(steps[0])), str(steps[1]), [step.name for step in steps])
+    assert outputs == (first / "evaluations" / f"analysis_with_{steps[1].name}",), "both are of one run"
+
+
 def test_one_run_into_its_own_folder_with_its_own_data(lut_run, analyze, tmp_path):
     run = tmp_path / "copy"
     shutil.copytree(lut_run, run)
     text = analyze(run, "--student", "--only", "attention-distance", *FEW).out
-    record = json.loads((run / "evaluations" / "analysis" / "attention-distance.json").read_text())
+    record = json.loads((run / "evaluations" / "analysis_student" / "attention-distance.json").read_text())
     assert record["models"]["copy"]["kind"] == "student"
     model = load_model(lut_run, "student")
     val = open_source(str(lut_run / "data"), "val")
     request = module.Request(str(run))
-    scene = module.Scene(request, {"copy": model}, None, val, (spread(None, 9), spread(val, 24)), tmp_path)
+    scene = module.Scene(request, {"copy": model}, None, val, (spread(None, 9), spread(val, 24)), (tmp_path,))
     with module.computing(threads=1) as compute:
         direct = attention_distance.measure(module._subject("copy", model, scene, compute))
     assert record["found"]["copy"] == direct.numbers

@@ -60,6 +60,8 @@ class Wanted:
             raise UserError(f"--ratios: expected shares above 0 and below 1, found {bad[0]:g}")
         if self.seed < 0:
             raise UserError(f"--seed: expected a number from 0, found {self.seed}")
+        if own := [name for name in self.folders or {} if name in OF_VAL and name != "c"]:
+            raise UserError(f"--sets: {own[0]} is made of DATA/val, found a folder for it; name that data with --data")
         if self.sets is not None:
             return tuple(name for name in SETS if name in self.sets)
         folders = self.folders or {}

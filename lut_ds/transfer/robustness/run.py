@@ -15,8 +15,8 @@ import torch.distributed as dist
 
 from lut_ds.analysis.figures import png, write_aside
 from lut_ds.analysis.robustness import draw_robustness
+from lut_ds.data.outputs import check_writable
 from lut_ds.data.progress import progress_bar
-from lut_ds.errors import UserError
 from lut_ds.transfer.evaluate import Request, own_data
 from lut_ds.transfer.features import Compute, computing
 from lut_ds.transfer.labelled import open_labelled
@@ -44,8 +44,7 @@ def evaluate_robustness(request: Request, wanted: Wanted) -> dict[str, Any]:
     data = request.data or own_data(request.source)
     wanted.check(data)
     output, cache = request.folders("robustness")
-    if output.is_file():
-        raise UserError(f"output: {output}: expected a folder, found a file; name another")
+    check_writable(output=output, cache=cache)
     found = load_subject(request.source, request.kind, request.image_size, request.heads)
     labelled = None if found.head else open_labelled(data)
     classes = found.classes if labelled is None else labelled[0].classes

@@ -5,8 +5,9 @@ Names of folders are those of the downloads:
     r         imagenet-r/<wnid>                    200 classes, logits of those alone (Hendrycks et al. 2021)
     sketch    sketch/<wnid>                        1000 classes (Wang et al. 2019)
     v2        imagenetv2-*/<0..999>                1000 classes by number (Recht et al. 2019)
-    objectnet objectnet-1.0/{images,mappings}      classes that ImageNet has too (Barbu et al. 2019)
+    objectnet objectnet-1.0/{images,mappings}      113 classes that ImageNet has too, logits of those alone (Barbu et al. 2019)
     c         imagenet-c/<corruption>/<1..5>/<wnid>, or in blur/, digital/, noise/, weather/, extra/ as its archives have it
+ObjectNet's own script counts a prediction outside of the 113 classes as wrong, and so gives lower numbers.
 """
 
 from collections.abc import Mapping, Sequence

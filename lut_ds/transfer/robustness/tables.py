@@ -23,6 +23,8 @@ def markdown(results: Mapping[str, Any]) -> str:
     sets = [(TITLES[n], _per_cent(r["top1"]), _per_cent(r["top5"]), r["images"]) for n, r in results["sets"].items()]
     if sets:
         parts.append(_table(("images", "top-1, %", "top-5, %", "count"), sets))
+    if "objectnet" in results["sets"]:
+        parts.append("ObjectNet: the classes that it shares with ImageNet compete alone; its own script lets all 1000.")
     if "corruptions" in results:
         parts += ["## Corruptions, top-1 in per cent\n\n" + _corruptions(results["corruptions"])]
     if "occlusion" in results:

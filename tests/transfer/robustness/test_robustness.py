@@ -168,6 +168,7 @@ def test_downloaded_corruptions_are_taken_as_they_are(lut_run, data, tmp_path):
         ("--seed -1", "--seed: expected a number from 0"),
         ("--sets a", "expected imagenet-a in it, found none"),
         ("--sets a=/nowhere", "a: expected a checkpoint with ImageNet's 1000 classes, found one with 10"),
+        ("--sets clean=/somewhere", "clean is made of DATA/val, found a folder for it"),
         ("--sets c=/nowhere", "expected gaussian_noise/1 in it, found none"),
     ],
 )
