@@ -8,6 +8,8 @@ READY := $(VENV)/.ready
 PYTHON ?= $(shell for p in python3.12 python3.11 python3; do "$$p" -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null && command -v "$$p" && break; done)
 # One more than the cores of a small machine: many tests wait for processes.
 WORKERS ?= 3
+# A worker keeps a file, whose tests share fixtures; the order of files is that of tests/conftest.py.
+PARALLEL = -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: help setup demo evidence test lint test-fast bench-guard lock clean
 
@@ -40,10 +42,10 @@ evidence: setup
 
 test: setup lint
 	@echo "tests: all of them, fast and slow, on $(WORKERS) workers"
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(PARALLEL)
 
 test-fast: setup
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile -m "not slow"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(PARALLEL) -m "not slow"
 
 lint: setup
 	@echo "lint: ruff and mypy"
