@@ -207,7 +207,7 @@ def process_group(ranks: Ranks, timeout_minutes: float = 30.0) -> Iterator[None]
     # Its first use would compile a C++ extension for half a minute, and a killed build hangs later runs.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if ranks.world_size == 1:
-        os.environ.setdefault("MASTER_PORT", str(_free_port()))
+        os.environ.setdefault("MASTER_PORT", "0")  # any: nobody else has to know it
     if ranks.device.type == "cuda":
         torch.cuda.set_device(ranks.device)
     backend = "nccl" if ranks.device.type == "cuda" else "gloo"
@@ -250,9 +250,3 @@ def _quieten(deepspeed: Any) -> None:
     log = deepspeed.utils.logger
     log.setLevel(logging.WARNING)
     log.addFilter(lambda entry: "untested optimizer" not in entry.getMessage())
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
