@@ -3,7 +3,8 @@
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -181,12 +182,9 @@ class Watch:
         self.guards.count(records)
         if self._ranks.main:
             self._publish(records)
-        try:
+        with self._fault_of_all():
             self.guards.judge(records, seconds / len(records), self._data_seconds / len(records))
             bad_samples.check()
-        except RunFault:
-            self.saver.finish()  # all ranks are here, and what is in flight is from before the fault
-            raise
         self._data_seconds, self._flushed, self._flushed_step = 0.0, now, step
         self.saver.advance(votes.busy)
         return votes.stop
@@ -231,11 +229,21 @@ class Watch:
     def save(self, step: int, trainer: Trainer, wait: bool) -> None:
         """Save `step` beside the next steps, or with `wait` before this returns."""
         self.guards.saving()
-        self.guards.compare(step)
+        with self._fault_of_all():
+            self.guards.compare(step)
         if self._log is not None:
             self._log.sync()  # no checkpoint is ahead of the metrics, whatever fails
         self.saver.save(step, trainer, {"guard": self.guards.state()}, wait)
         self._flushed = time.monotonic() if self._flushed_step == step else self._flushed
+
+    @contextmanager
+    def _fault_of_all(self) -> Iterator[None]:
+        """A fault that every rank raises here at once does not lose the save in flight, which is from before it."""
+        try:
+            yield
+        except RunFault:
+            self.saver.finish()
+            raise
 
     def outcome(self, step: int, stopped_by: str | None) -> Outcome:
         """How the run ended."""
