@@ -42,17 +42,22 @@ class PatientReader:
         Raises:
             RunFault: nothing of the source could be read for `retry_seconds`.
         """
-        started, delay = time.monotonic(), _FIRST_DELAY
+        started, delay, confirmed = time.monotonic(), _FIRST_DELAY, False
         while True:
             try:
                 data = self._source.read(i)
             except RunFault as fault:
                 away = not self._others_read(i)
                 waited = time.monotonic() - started
-                if not away and (waited >= min(_FILE_SECONDS, self._retry_seconds) or not _is_transient(fault)):
-                    return fault
                 if away:
                     self._wait_for_storage(fault, waited)
+                    confirmed = False
+                elif not confirmed:
+                    # The storage may have come back between the two: only another failure is the file's own.
+                    confirmed = True
+                    continue
+                elif waited >= min(_FILE_SECONDS, self._retry_seconds) or not _is_transient(fault):
+                    return fault
             else:
                 self._last_good = i
                 self._is_back()
