@@ -2,6 +2,7 @@
 
 import atexit
 import functools
+import itertools
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +19,30 @@ ROOT = Path(__file__).resolve().parents[2]
 GPUS = Path("/dev/nvidiactl").exists()  # what CUDA has opened does not survive a fork
 
 
+PATIENCE = 600.0  # seconds for anything that must happen: only what hangs takes so long, on however busy a machine
+# Below the ports that the system gives to whoever asks for any: one of those may be taken before a rank listens there.
+PORTS, WORKERS = range(10_100, 16_000), 8
+
+
+@functools.cache
+def _ports() -> Iterator[int]:
+    """Ports round and round: this process's part of `PORTS`, where no other worker of this session looks for one."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    part = PORTS[worker % WORKERS :: WORKERS]
+    first = os.getpid() % len(part)  # another session on this machine
+    return itertools.cycle([*part[first:], *part[:first]])
+
+
 def free_port() -> int:
-    """A TCP port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A TCP port on which nobody listens."""
+    for port in _ports():
+        with socket.socket() as probe:
+            try:
+                probe.bind(("", port))
+            except OSError:
+                continue
+            return port
+    raise AssertionError("unreachable")
 
 
 class Nursery:
@@ -138,13 +159,13 @@ def _start(command: list[str], env: dict[str, str], forked: bool) -> Process:
     return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def run_ranks(command: list[str], world_size: int, timeout: float = 300, **env: str) -> list[tuple[str, str]]:
+def run_ranks(command: list[str], world_size: int, **env: str) -> list[tuple[str, str]]:
     """Run ranks to their end; fails with what they printed unless all exit 0."""
     processes = start_ranks(command, world_size, **env)
     outputs = []
     try:
         for process in processes:
-            outputs.append(process.communicate(timeout=timeout))
+            outputs.append(process.communicate(timeout=PATIENCE))
     finally:
         for process in processes:
             process.kill()

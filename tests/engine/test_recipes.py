@@ -12,6 +12,7 @@ from lut_ds.config import Recipe, load_recipe, recipe_folder, shipped_recipes
 from lut_ds.engine.build import flops_shape
 from lut_ds.engine.plan import describe_plan, plan
 from lut_ds.method.flops import Shape, step_flops
+from tests.engine.launching import PATIENCE
 
 SMALL = (
     "model.image_size=28",
@@ -44,7 +45,7 @@ def test_every_recipe_trains_two_steps(digits: Path, tmp_path: Path) -> None:
         env={**env, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=2 * PATIENCE,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]

@@ -47,7 +47,7 @@ def test_a_save_counts_only_when_it_is_whole(store: CheckpointStore, monkeypatch
     """While the disk takes its time the steps go on, and the old checkpoint is the newest."""
     store.save(1, {"w": torch.zeros(3)}, {}, {}, {})
     disk, synced = threading.Event(), os.fsync
-    monkeypatch.setattr(files.os, "fsync", lambda handle: (disk.wait(30), synced(handle)))
+    monkeypatch.setattr(files.os, "fsync", lambda handle: (disk.wait(600), synced(handle)))
     begin(store, 2)
     assert store.in_flight
     assert store.busy

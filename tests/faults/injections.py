@@ -107,9 +107,10 @@ def disk_full(when: str) -> Callable[[Victim], str]:
                 victim.reach(start, 2)
             newest = step_folders(victim.checkpoints)[0]
             half = sum(file.stat().st_size for file in newest.iterdir()) // 2
-            while start.alive():  # a save under way may give room when it removes an old checkpoint
-                ballast = fill(victim.run, half if when == "before a save" else 0)
-                time.sleep(0.01)
+            spare = half if when == "before a save" else 0
+            ballast = fill(victim.run, spare)
+            # A save under way may give room when it removes an old checkpoint.
+            until(lambda: not (start.alive() and fill(victim.run, spare)), "the end of the run", 0.01)
             line = one_line(start, 1, "disk full", "intact")
             ballast.unlink()
             assert victim.damaged() == []

@@ -13,8 +13,8 @@ def mounting_works() -> bool:
     """Whether this user may mount in a namespace of one's own."""
     command = ["unshare", *MAPPED, "--mount", "sh", "-c", "mount -t tmpfs -o size=64k none /mnt"]
     try:
-        return subprocess.run(command, capture_output=True, check=False, timeout=20).returncode == 0
-    except OSError:
+        return subprocess.run(command, capture_output=True, check=False, timeout=120).returncode == 0
+    except (OSError, subprocess.TimeoutExpired):
         return False
 
 

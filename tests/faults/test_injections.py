@@ -27,7 +27,7 @@ def victim(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Victim:
 @pytest.mark.parametrize("name", ["rank_00000.safetensors", "shared.safetensors", "state.json", "manifest.json"])
 def test_any_damage_to_a_checkpoint_is_found(victim: Victim, tmp_path: Path, name: str) -> None:
     """A flipped bit of the manifest may hit what means nothing, such as a space: then it is still the same checkpoint."""
-    newest, rng = step_folders(victim.checkpoints)[0], random.Random()
+    newest, rng = step_folders(victim.checkpoints)[0], random.Random(random.randrange(10**6))
     copy = Path(shutil.copytree(newest, tmp_path / newest.name))
     for spoil in [*[injections.flip] * 100, *[injections.truncate] * 20]:
         spoil(copy / name, rng)

@@ -13,14 +13,13 @@ import yaml
 
 from lut_ds.engine.manifest import read_manifest, step_folders, verify
 from lut_ds.tracking import read_events, read_metrics
-from tests.engine.launching import GPUS, ROOT, Process, Rank, free_port
+from tests.engine.launching import GPUS, PATIENCE, ROOT, Process, Rank, free_port
 from tests.engine.tiny import tiny_tree
 
 T = TypeVar("T")
 VOLATILE = ("images_per_s", "data_wait")  # what depends on the clock
 LOG_EVERY, SAVE_EVERY = 2, 4  # metrics have the same form wherever a run was stopped: saves come with writes of metrics
 KEEP_LAST = 6
-PATIENCE = 180.0  # seconds for anything that must happen
 
 
 def until(condition: Callable[[], T], what: str, pause: float = 0.02) -> T:

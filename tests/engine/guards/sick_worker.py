@@ -1,7 +1,7 @@
 """One rank of a run with an ailment: python -m tests.engine.guards.sick_worker AILMENT RECIPE; the last rank has it.
 
 `stalled`: reading data never returns. `raising`: step 7 ends in an error of its own. `flipped`: a weight changes by one bit
-at step 6. `sick`: reads slowly and leaks memory, while no rank's teacher follows the student.
+at step 6. `sick`: reads slowly for a while and leaks memory, while no rank's teacher follows the student.
 """
 
 import os
@@ -19,7 +19,7 @@ from lut_ds.engine.step import Trainer
 
 FLIP_AT, RAISE_AT, STALL_AFTER = 6, 7, 50
 LEAK = 6 << 20  # bytes a step
-SLOW = 0.05  # seconds an image
+SLOW, SLOW_IMAGES = 0.2, 96  # seconds an image, for so many: twelve steps that are nearly all waiting, on any machine
 CHOSEN = os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1)
 leaked: list[bytearray] = []
 
@@ -80,7 +80,7 @@ def fall_ill(ailment: str) -> None:
     if ailment == "raising" and CHOSEN:
         after_update(fail)
     if ailment == "sick" and CHOSEN:
-        read_through(lambda count: time.sleep(SLOW))
+        read_through(lambda count: time.sleep(SLOW if count < SLOW_IMAGES else 0))
         after_update(lambda trainer, step: leaked.append(bytearray(b"x" * LEAK)))
 
 
