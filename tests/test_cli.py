@@ -13,6 +13,7 @@ import yaml
 
 from lut_ds.config import shipped_recipes
 from lut_ds.engine.manifest import verify
+from tests.engine.launching import PATIENCE
 from tests.engine.tiny import tiny_tree
 
 DONE, FAULT, BAD_INPUT = 0, 1, 2
@@ -27,7 +28,7 @@ def lut_ds(*arguments: object, **env: str) -> subprocess.CompletedProcess[str]:
         env={**ours, "OMP_NUM_THREADS": "1", **env},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=PATIENCE,
         check=False,
     )
 
@@ -226,7 +227,7 @@ def test_a_run_folder_that_may_not_be_written(recipe: Path, tmp_path: Path, wher
         "pretrain",
         recipe,
     ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240, cwd="/")
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE, cwd="/")
     assert done.returncode == BAD_INPUT, done.stderr[-3000:]
     assert done.stdout == ""
     line = done.stderr.splitlines()[-1]

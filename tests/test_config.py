@@ -48,7 +48,7 @@ def slips(draw: st.DrawFn) -> tuple[str, str]:
     return key, typed
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
+@settings(max_examples=200, suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow])
 @given(slips())
 def test_a_slip_names_the_key_that_was_meant(slip: tuple[str, str]) -> None:
     key, typed = slip

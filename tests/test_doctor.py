@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from lut_ds import doctor as module
 from lut_ds.doctor import describe_report, examine
+from tests.engine.launching import PATIENCE
 
 EXPECTED = {
     "python", "torch", "CUDA", "DS_ACCELERATOR", "NCCL", "gloo", "DALI", "DALI on GPU", "DeepSpeed", "Triton", "kernels",
@@ -24,7 +26,7 @@ def doctor(*arguments: str, **env: str) -> dict[str, Any]:
         env={**os.environ, **env},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=PATIENCE,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
@@ -39,6 +41,7 @@ def by_name(report: dict[str, Any]) -> dict[str, dict[str, str]]:
 def test_the_report_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """One test, as one report takes seconds."""
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    monkeypatch.setattr(module, "PART_SECONDS", PATIENCE)
     report = examine()
     found = by_name(report)
     assert sorted(check["name"] for check in report["checks"]) == sorted(EXPECTED)
@@ -76,8 +79,6 @@ def expect_text(report: dict[str, Any]) -> None:
 )
 @pytest.mark.skipif(torch.cuda.is_available(), reason="LUT_KERNELS=triton is fine on a GPU")
 def test_a_wrong_kernel_mode_is_named(value: str, accepted: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lut_ds import doctor as module
-
     monkeypatch.setenv("LUT_KERNELS", value)
     found = {finding.name: finding for finding in module._try_part("kernels")}
     assert (found["Triton"].status, found["kernels"].status) == ("ok", "problem")
@@ -107,7 +108,6 @@ def test_a_broken_library_is_a_finding_with_its_error(tmp_path: Path) -> None:
 
 def test_slurm_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Commands of those names on PATH: whole and answering, without an answer, and only some of them."""
-    from lut_ds import doctor as module
 
     def install(*names: str, ping: int) -> Path:
         folder = tmp_path / f"{len(names)}{ping}"

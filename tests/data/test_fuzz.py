@@ -13,7 +13,7 @@ from lut_ds.data.sources import ImageFolder
 from lut_ds.data.validity import image_hw
 from lut_ds.errors import RunFault
 from tests.data.mutations import bombs, mutants, seeds, strangers
-from tests.engine.launching import ROOT
+from tests.engine.launching import PATIENCE, ROOT
 
 GROWTH_MB = 400  # what the largest valid image, its batch and the pipeline may take
 
@@ -52,7 +52,7 @@ def write(root: Path, count: int) -> ImageFolder:
 def load(root: Path, batch: int, threads: int) -> dict[str, Any]:
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(root), str(batch), str(threads)],
-        cwd=ROOT, capture_output=True, text=True, errors="replace", timeout=300, check=False,
+        cwd=ROOT, capture_output=True, text=True, errors="replace", timeout=2 * PATIENCE, check=False,
     )  # fmt: skip
     assert done.returncode == 0, (done.returncode, done.stderr[-2000:])
     return json.loads(done.stdout)

@@ -1,10 +1,12 @@
 """The loaders: the same samples and pixels whatever the ranks, threads and interruptions, and nothing left behind."""
 
+import contextlib
 import gc
 import subprocess
 import sys
 import textwrap
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +23,7 @@ from lut_ds.data.sources import ImageFolder
 from lut_ds.data.views import EVAL_VIEW, LUT_VIEW1, LUT_VIEW2, MAE_VIEW, apply_reference, eval_params
 from lut_ds.errors import UserError
 from tests.data.images import difference
+from tests.engine.launching import PATIENCE
 from tests.golden_data import GOLDEN_DIR, golden_json
 
 CPU = torch.device("cpu")
@@ -165,7 +168,11 @@ def test_mae_view(photos: Path) -> None:
 
 def native_threads() -> Counter[str]:
     """How many threads of each name the process has, those of DALI among them."""
-    return Counter(path.read_text() for path in Path("/proc/self/task").glob("*/comm"))
+    found: Counter[str] = Counter()
+    for path in Path("/proc/self/task").glob("*/comm"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            found[path.read_text()] += 1
+    return found
 
 
 def reader_threads() -> list[str]:
@@ -193,6 +200,10 @@ def test_no_thread_is_left(photos: Path, ending: str) -> None:
         assert next(iterator, None) is None
     del iterator
     gc.collect()
+    # A thread that was joined is gone for Python, and a moment later for the system.
+    deadline = time.monotonic() + PATIENCE
+    while (reader_threads() or native_threads() - before) and time.monotonic() < deadline:
+        time.sleep(0.01)
     assert reader_threads() == []
     assert native_threads() - before == Counter()
 
@@ -209,7 +220,7 @@ def test_interpreter_exits_with_a_loader_open(photos: Path) -> None:
     print(next(iterator).views[0].shape[0])
     """
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=100, check=False
+        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=PATIENCE, check=False
     )
     assert (done.returncode, done.stdout.strip()) == (0, "4"), done.stderr
     assert "Traceback" not in done.stderr

@@ -38,7 +38,7 @@ def test_every_number(folder: Path) -> None:
     assert found["samplings"] == {"4:2:0": 1, "4:4:4": 1, "gray": 1}
     assert found["shards_of_1_gb"] == 1
     assert found["decode"]["images"] == 4
-    assert 0 < found["decode"]["ms_per_image"] < 1000
+    assert 0 < found["decode"]["ms_per_image"] < 60_000
     assert raw["train"][1].tolist() == [3, 2, 0]
 
 

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from lut_ds.errors import UserError
 from tests.data.archives import write_tar
 from tests.data.images import encode, photo, write_folder
 from tests.data.planted import GOOD, plant
+from tests.engine.launching import PATIENCE
 from tests.test_cli import BAD_INPUT, DONE, lut_ds, refused, result
 
 STOPPED = 3
@@ -68,36 +68,44 @@ def test_a_decoder_that_crashes_names_its_file(tmp_path: Path) -> None:
     assert said == {"x.jpg": "killed by SIGSEGV", "y.jpg": "killed by SIGSEGV"}
 
 
-def interrupted(number: signal.Signals, ready: Path, *arguments: object) -> int:
-    """Start a command, send it a signal once `ready` holds something; its exit code."""
-    command = [sys.executable, "-m", "lut_ds", *map(str, arguments)]
-    process = subprocess.Popen(command, cwd="/", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + 120
-        while not (ready.exists() and any(ready.read_bytes())) and process.poll() is None:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        process.send_signal(number)
-        return process.wait(60)
-    finally:
-        process.kill()
-        process.wait()
+# The command, which gets a signal as soon as something is in its journal.
+INTERRUPTED = """
+import os, sys
+from lut_ds.cli import main
+from lut_ds.data.journal import Journal
+
+write = Journal.write
+
+def interrupted(*arguments):
+    Journal.write = write
+    write(*arguments)
+    os.kill(os.getpid(), int(sys.argv[1]))
+
+Journal.write = interrupted
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+def interrupted(number: signal.Signals, *arguments: object) -> int:
+    """Run a command that is sent a signal in the middle; its exit code."""
+    command = [sys.executable, "-c", INTERRUPTED, str(int(number)), *map(str, arguments)]
+    return subprocess.run(command, cwd="/", capture_output=True, timeout=PATIENCE, check=False).returncode
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_verify_goes_on_where_it_was_interrupted(tmp_path: Path, number: signal.Signals) -> None:
     folder = tmp_path / "data"
     folder.mkdir()
-    for i in range(600):
+    for i in range(200):
         (folder / f"{i}.png").write_bytes(encode(photo(64, 64, i % 7), "PNG"))
     (folder / "0.png").write_bytes(GOOD[:700])
     arguments = ("data", "verify", folder, "--out", tmp_path / "out", "--workers", 1)
-    code = interrupted(number, tmp_path / "out" / "journal.records", *arguments)
+    code = interrupted(number, *arguments)
     (tmp_path / "out" / ".journal.train.lut.x1").touch()  # what a kill in the middle of a listing leaves
     assert code == (-signal.SIGKILL if number == signal.SIGKILL else STOPPED)
     found = result(*arguments)
-    assert 0 < found["resumed_at"] < 600
-    assert (found["usable"], found["quarantined"]) == (599, 1)
+    assert 0 < found["resumed_at"] < 200
+    assert (found["usable"], found["quarantined"]) == (199, 1)
     assert not list((tmp_path / "out").glob("*journal*"))
     assert [Path(line["name"]).name for line in lines(tmp_path / "out" / "quarantine.jsonl")] == ["0.png"]
 

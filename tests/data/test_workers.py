@@ -35,7 +35,7 @@ def act(how: str) -> None:
     elif how == "exit":
         os._exit(7)
     elif how == "hang":
-        time.sleep(600)
+        time.sleep(3600)
     elif how == "user":
         raise UserError("expected better input")
     elif how == "bug":
@@ -67,8 +67,8 @@ def test_items_that_crash_are_named_and_all_others_answered(workers: int) -> Non
 
 
 def test_an_item_that_hangs_is_given_up() -> None:
-    crew = Crew[list[int]](partial(doubling, {2: "hang"}), 2, patience=0.5)
-    assert answers(crew, 6, 3) == {i: 2 * i for i in range(6)} | {2: "no answer in 0.5 s"}
+    crew = Crew[list[int]](partial(doubling, {2: "hang"}), 2, patience=4)
+    assert answers(crew, 6, 3) == {i: 2 * i for i in range(6)} | {2: "no answer in 4 s"}
 
 
 def test_exceptions_reach_the_caller() -> None:
@@ -93,12 +93,12 @@ def test_nothing_is_left_after_a_stop(tmp_path: Path) -> None:
     running = Crew[list[int]](partial(doubling, {9: "hang"}, tmp_path / "log"), 2).run(chunks(40, 1))
     seen = [next(running) for _ in range(5)]
     assert len(seen) == 5
-    assert children() > before
+    assert children() - before
     running.close()
-    deadline = time.monotonic() + 5
-    while children() != before and time.monotonic() < deadline:
+    deadline = time.monotonic() + 600
+    while children() - before and time.monotonic() < deadline:
         time.sleep(0.02)
-    assert children() == before
+    assert not children() - before
 
 
 def test_it_stops_when_asked() -> None:

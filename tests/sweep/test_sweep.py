@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -128,15 +127,21 @@ def test_an_interrupted_sweep_continues(tmp_path: Path, capfd: pytest.CaptureFix
     assert "stopped by stop file at step" in result["stopped"]["a, seed 0"]
     before = len(read_metrics(run / "metrics.jsonl"))
 
+    over = threading.Event()
+
     def interrupt() -> None:
-        while len(read_metrics(run / "metrics.jsonl")) == before:
-            time.sleep(0.05)
-        os.kill(os.getpid(), signal.SIGTERM)
+        while not over.wait(0.05):
+            if len(read_metrics(run / "metrics.jsonl")) > before:
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
 
     thread = threading.Thread(target=interrupt, daemon=True)
     thread.start()
-    code, result, said = sweep(capfd, path, out, "run.log_every=1")
-    thread.join()
+    try:
+        code, result, said = sweep(capfd, path, out, "run.log_every=1")
+    finally:
+        over.set()
+        thread.join()
     assert code == 3
     assert (result["stopped_by"], result["failed"], result["missing"]) == ("SIGTERM", {}, ["a, seed 0"])
     assert "a, seed 0: stopped" in said

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
+from tests.engine.launching import PATIENCE
+
 TINY = (
     "model.image_size=32",
     "model.width=32",
@@ -30,7 +32,7 @@ def lut_ds(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     """Run the command as a user would, in `cwd`."""
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     command = [sys.executable, "-m", "lut_ds", *arguments]
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=2 * PATIENCE, check=False)
 
 
 def shared(factory: pytest.TempPathFactory, name: str, *arguments: str) -> Path:

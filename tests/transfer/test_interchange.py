@@ -239,7 +239,7 @@ def test_neighbours_are_worth_the_same_through_timm_and_stand_in_the_card(lut_ru
     arguments = {"num_classes": 0, **result["model_args"], **pooling}
     model = timm.create_model(result["architecture"], checkpoint_path=result["weights"], **arguments).eval()
     model.pretrained_cfg = json.loads((tmp_path / "out" / "config.json").read_text())["pretrained_cfg"]
-    assert found["top1"]["10"] == pytest.approx(knn_of_timm(model, lut_run / "data", 10, 0.07), abs=0.1)
+    assert found["top1"]["10"] == pytest.approx(knn_of_timm(model, lut_run / "data", 10, 0.07), abs=0.3)  # one image
     card = Path(result["card"]).read_text()
     val = len(open_source(str(run / "data"), "val"))
     assert f"| k-NN top-1, k = 10, {val:,} images (data) | {found['top1']['10']:.2f} % |" in card

@@ -77,7 +77,8 @@ def test_a_classifier_is_worth_the_same_through_timm(fine_tuned, data, tmp_path)
     def top1(alter):
         return 100 * (np.array(predictions_of_timm(model, paths, alter)) == labels).mean()
 
-    assert found["sets"]["clean"]["top1"] == pytest.approx(top1(lambda x, i: x), abs=0.1)
+    one = 100 / len(val)  # an image on the edge between two classes may fall on either side
+    assert found["sets"]["clean"]["top1"] == pytest.approx(top1(lambda x, i: x), abs=1.01 * one)
     for name in ("gaussian_noise", "pixelate"):
         expected = top1(lambda x, i, name=name: corrupt(x, name, 3, 0, i))
         assert found["corruptions"]["top1"][name]["3"] == pytest.approx(expected, abs=0.6), "DALI's and PIL's decoders"

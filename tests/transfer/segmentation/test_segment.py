@@ -25,7 +25,7 @@ from lut_ds.transfer.segmentation.folder import Labels, MaskedImages, class_name
 from lut_ds.transfer.segmentation.start import check_masks, load_segmenter, open_masked, recipe_for, start_model
 from lut_ds.transfer.segmentation.step import SegmentSchedule, pixel_loss
 from lut_ds.transfer.segmentation.upernet import resized
-from tests.engine.launching import run_ranks, start_ranks
+from tests.engine.launching import PATIENCE, run_ranks, start_ranks
 
 VOLATILE = ("images_per_s", "data_wait")
 
@@ -280,7 +280,7 @@ def test_refused_command_leaves_nothing(tmp_path: Path, encoder: Path, scenes: P
     data = copy(scenes, tmp_path)
     paint(data / MASK, 9)
     (process,) = start_ranks(command(encoder, write_recipe(tmp_path), data, tmp_path / "run"), 1)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=PATIENCE)
     assert (process.returncode, out) == (2, "")
     (line,) = [line for line in err.splitlines() if line.startswith("lut-ds:")]
     assert "scene_00002.png" in line
