@@ -196,7 +196,7 @@ def mirror(folder: Path, how: str, **env: str) -> tuple[dict[str, Any], str]:
     clean = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
     done = subprocess.run(
         [sys.executable, "-c", MIRROR, str(folder), how],
-        env={**clean, "HOME": str(folder), **env},
+        env={**clean, "HOME": str(folder), "WANDB__SERVICE_WAIT": "300", **env},
         cwd=folder,
         capture_output=True,
         text=True,
