@@ -26,7 +26,7 @@ def linger(log: Path, environment: Mapping[str, str]) -> None:
     aside = log.with_suffix(".partial")
     aside.write_text(str(os.getpid()))
     aside.rename(log)
-    time.sleep(60)
+    time.sleep(3600)
 
 
 def end_after(other: Path, log: Path, environment: Mapping[str, str]) -> None:
