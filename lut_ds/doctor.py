@@ -4,7 +4,6 @@ Libraries that can crash, hang or print while they load are tried in processes o
 PART`), at the same time and with a time limit; the rest is read from the machine. Nothing is downloaded.
 """
 
-import contextlib
 import importlib
 import io
 import json
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lut_ds.errors import UserError
+from lut_ds.machine import memory_limit
 
 PART_SECONDS = 120
 COMMAND_SECONDS = 15
@@ -334,9 +334,7 @@ def _cores() -> Finding:
 def _memory() -> Finding:
     import psutil
 
-    limit = psutil.virtual_memory().total
-    with contextlib.suppress(OSError, ValueError):  # no control group, or "max" in it
-        limit = min(limit, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    limit = memory_limit()
     text = f"{limit / GIB:.0f} GiB, {psutil.virtual_memory().available / GIB:.0f} GiB free"
     if limit >= MIN_MEMORY:
         return Finding("memory", "ok", text)

@@ -17,7 +17,7 @@ from lut_ds.data.loader import Batch, StepLoader
 from lut_ds.data.sources import Source
 from lut_ds.engine.badsamples import BadSampleWatch
 from lut_ds.engine.build import check_fp8, flops_shape
-from lut_ds.engine.hostmemory import keep_freed_memory
+from lut_ds.engine.hostmemory import check_host_memory, keep_freed_memory
 from lut_ds.engine.launch import Ranks, discover_ranks, process_group, rank_cores
 from lut_ds.engine.reading import make_loader, open_source
 from lut_ds.engine.runfolder import open_run_folder, run_folder
@@ -76,6 +76,7 @@ def pretrain(recipe: Recipe, recipe_name: str) -> Outcome:
     set_up_process(recipe, ranks)
     micro_batch, accumulation = split_batch(recipe.train.global_batch, recipe.train.micro_batch, ranks.world_size)
     check_batch_norm(recipe, micro_batch * ranks.world_size)
+    check_host_memory(recipe, ranks, micro_batch, accumulation)
     folder = run_folder(recipe, recipe_name)
     with process_group(ranks), listen(recipe.run.stop_signals) as signals, ExitStack() as opened:
         source = on_all(lambda: open_source(recipe), name_rank=True)

@@ -14,10 +14,12 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lut_ds.config import parse_recipe
-from lut_ds.engine.hostmemory import keep_freed_memory
+from lut_ds.config import load_recipe, parse_recipe
+from lut_ds.engine import hostmemory
+from lut_ds.engine.hostmemory import check_host_memory, keep_freed_memory
 from lut_ds.engine.launch import Ranks, discover_ranks, process_group
 from lut_ds.engine.step import Trainer, pretraining
+from lut_ds.errors import UserError
 from tests.engine.tiny import pixels, tiny_tree
 
 # What reads a value on the host, or needs one to know the shape of a result: on a GPU the host waits there.
@@ -234,3 +236,19 @@ def test_freed_memory_is_kept() -> None:
     for _ in range(4):
         torch.ones(1 << 24).sum()
     assert faults() - before < 16_000  # 65,536 pages were written
+
+
+def test_a_step_that_the_machine_cannot_hold_is_refused_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe, ranks = load_recipe("mae_vitb16"), Ranks(0, 1, 0, torch.device("cpu"), "none")
+    monkeypatch.setattr(hostmemory, "memory_limit", lambda: 16 * 2**30)
+    with pytest.raises(UserError, match=r"512 images on each of 1 ranks here need 28\.\d GiB.*16\.0; add") as caught:
+        check_host_memory(recipe, ranks, 512, 8)
+    advised = int(str(caught.value).rpartition("=")[2])
+    assert 64 <= advised < 512
+    check_host_memory(recipe, ranks, advised, 4096 // advised)
+    with pytest.raises(UserError, match=f"={advised}$"):
+        check_host_memory(recipe, ranks, 2 * advised, 2048 // advised)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    with pytest.raises(UserError, match=r"on each of 8 ranks here.*a smaller model"):
+        check_host_memory(load_recipe("mae_vith14"), ranks, 8, 512)
+    check_host_memory(recipe, Ranks(0, 1, 0, torch.device("cuda"), "none"), 512, 8)  # the device's memory is another
