@@ -14,10 +14,17 @@ from lut_ds.errors import UserError
 def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe by name or path and apply `section.key=value` overrides.
 
+    A degradation that is `FILE.py:CLASS` is imported here, and in training: not where recipes come out of checkpoints.
+
     Raises:
         UserError: unknown recipe or key (the nearest valid one is named), wrong type, impossible combination.
     """
-    return load_sections(Recipe, name_or_path, overrides, recipe_folder())
+    recipe = load_sections(Recipe, name_or_path, overrides, recipe_folder())
+    try:
+        recipe.check_views()
+    except ValueError as error:
+        raise UserError(f"recipe {Path(name_or_path).name}: {error}") from error
+    return recipe
 
 
 def load_sections(kind: type[S], name_or_path: str, overrides: Sequence[str], folder: Path) -> S:

@@ -70,7 +70,7 @@ class Method(Section):
     mask_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.75
     """Share of hidden patches of each view; 0, with a degradation only: none."""
     degradation: str = "none"
-    """What else is taken from the student's views: none, or the name of a file of `lut_ds/method/degradations`."""
+    """What else is taken from the student's views: none, the name of a file of `lut_ds/method/degradations`, or FILE.py:CLASS."""
     degradation_params: dict[str, float | str] = Field(default_factory=dict)
     """Parameters of the degradation that differ from its defaults."""
     norm_pix: bool = True

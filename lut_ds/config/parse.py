@@ -36,7 +36,7 @@ def recipe_keys(kind: type[Section] = Recipe) -> list[str]:
 
 
 def _describe(kind: type[Section], error: Any) -> str:
-    where = ".".join(str(part) for part in error["loc"] if part not in ("bool", "int"))
+    where = ".".join(str(part) for part in error["loc"] if part not in ("bool", "int", "float"))
     found = error.get("input")
     if error["type"] == "extra_forbidden":
         sections = {name: field.annotation.model_fields for name, field in kind.model_fields.items()}  # type: ignore[union-attr]

@@ -9,7 +9,7 @@ from lut_ds.config.learning import Method, Model
 from lut_ds.config.running import Guard, Run
 from lut_ds.config.section import Section
 from lut_ds.config.training import AdamW, Batches, Optim, Precision, Train
-from lut_ds.method.degradations import make_degradation
+from lut_ds.method.degradations import in_a_file, make_degradation
 from lut_ds.method.masking import keep_count
 
 
@@ -39,17 +39,29 @@ class Recipe(Section):
             return self.data.crop
         return "random_resized_crop" if self.method.name == "mae" else "resize_crop"
 
-    @model_validator(mode="after")
-    def _combine(self) -> "Recipe":
-        views, patches = self.method.views, self.model.patches
-        keep = keep_count(patches, self.method.mask_ratio)
+    def check_views(self) -> None:
+        """ValueError unless the degradation exists and its views can be cut; runs the file that it is in, where it names one."""
         try:
             view_side = self.view_side
         except ValueError as error:
             raise ValueError(f"method.degradation: {error}") from None
-        if self.method.mask_ratio == 0 and self.method.degradation == "none":
+        if self.crop == "resize_crop" and self.data.crop_pad >= view_side:
+            side = "model.image_size" if view_side == self.model.image_size else "the degradation's view side"
             raise ValueError(
-                "method.mask_ratio 0 leaves nothing to predict; raise it, or set method.degradation, e.g. to distorted"
+                f"data.crop_pad {self.data.crop_pad} is not below {side} {view_side}, which reflection needs; lower it"
+            )
+
+    @model_validator(mode="after")
+    def _combine(self) -> "Recipe":
+        views, patches = self.method.views, self.model.patches
+        keep = keep_count(patches, self.method.mask_ratio)
+        # A recipe may come out of a checkpoint, whose reading runs nothing: `load_recipe` checks a degradation in a file.
+        if not in_a_file(self.method.degradation):
+            self.check_views()
+        if keep == patches and self.method.degradation == "none":
+            raise ValueError(
+                f"method.mask_ratio {self.method.mask_ratio:g} leaves nothing to predict; raise it, or set method.degradation, "
+                "e.g. to distorted"
             )
         if views == 2 and 0 < self.method.mask_ratio < 0.5:
             raise ValueError(
@@ -58,11 +70,6 @@ class Recipe(Section):
         if keep < 1:
             raise ValueError(
                 f"method.mask_ratio {self.method.mask_ratio} leaves no visible patch of {patches}; lower it"
-            )
-        if self.crop == "resize_crop" and self.data.crop_pad >= view_side:
-            side = "model.image_size" if view_side == self.model.image_size else "the degradation's view side"
-            raise ValueError(
-                f"data.crop_pad {self.data.crop_pad} is not below {side} {view_side}, which reflection needs; lower it"
             )
         hidden = int(self.model.width * self.model.mlp_ratio)
         if self.precision.teacher == "fp8" and (self.model.width % 16 or hidden % 16):

@@ -1,18 +1,20 @@
 """Every degradation: shapes, ranges, gradients, where the loss counts, and training with masks and with LUT's teacher."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, ClassVar
+import re
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from lut_ds.config import load_recipe
-from lut_ds.engine.build import build_student
+from lut_ds.config import load_recipe, parse_recipe
+from lut_ds.engine.build import build_encoder, build_student
 from lut_ds.engine.reading import draws_per_sample
+from lut_ds.errors import UserError
 from lut_ds.method.degradations import DEGRADATIONS, Degradation, make_degradation, register
 from lut_ds.method.degradations.zoomed_out import ZoomedOut, mirror_pad, mirror_sources
 from lut_ds.method.lut import LUT, MAE
@@ -26,6 +28,7 @@ from lut_ds.method.pixels import (
     to_patches,
     unit_range,
 )
+from tests.engine.test_step import WAITS
 from tests.method.builders import decoder_from, encoder_from, head_from, lut_from, mae_from, small, teacher_from
 
 NAMES = sorted(DEGRADATIONS)
@@ -246,6 +249,34 @@ def test_the_student_sees_degraded_views_and_the_teacher_clean_ones(name: str) -
     assert all(torch.equal(a, b) for a, b in zip(teacher(views), teacher(clean), strict=True))
 
 
+class Calls(TorchDispatchMode):
+    """The names of the operators that run inside it, in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_batch_is_one_piece_and_nothing_is_read_back(name: str) -> None:
+    """As many operators for one image as for seven, and none after which the host would wait for a GPU."""
+    degradation, runs = made(name), []
+    for batch in (1, 7):
+        pixels, draws = inputs(degradation, 32, batch)
+        view, pred = normalised(pixels), torch.randn(batch, 16, 192, requires_grad=True)
+        with Calls() as calls:
+            degradation.degrade(view, draws, 32)
+            degradation.loss(pred, view, torch.ones(batch, 16), draws, 8, True).backward()
+        runs.append(calls.names)
+    assert runs[0] == runs[1]
+    assert len(runs[0]) > 10
+    assert not WAITS & set(runs[0])
+
+
 def test_draws_that_are_missing_are_an_error() -> None:
     student = model("distorted", "mae", 0.75)
     pixels, _ = inputs(made("distorted"), 32, 2)
@@ -271,38 +302,99 @@ def test_lut_without_its_second_loss_is_mae(seed: int, ratio: float) -> None:
         torch.testing.assert_close(ours[name].grad, parameter.grad, atol=1e-6, rtol=1e-4)
 
 
-@pytest.fixture
-def solarized() -> Iterator[str]:
-    """A degradation of one's own: this class is all there is to write."""
+@pytest.mark.parametrize("name", ["none", "zoomed_in", "distorted"])
+def test_lut_without_its_second_loss_trains_as_mae(name: str) -> None:
+    """Ten steps of AdamW apart: one extra gradient, or draws of the wrong view, would move the losses by far more."""
+    config = small(seed=1, w_bc=0.0, head_norm_layer="LN")
+    lut, mae, teacher = lut_from(config), mae_from(config), teacher_from(config)
+    mae.load_state_dict({k: v for k, v in lut.state_dict().items() if k in mae.state_dict()})
+    lut.degradation = mae.degradation = degradation = make_degradation(name)
+    side, count = (degradation.view_side(32), degradation.draws) if degradation is not None else (32, 0)
+    optimizers = [torch.optim.AdamW(model.parameters(), 3e-3, eps=1e-4) for model in (lut, mae)]
+    losses: list[list[float]] = [[], []]
+    for _ in range(10):
+        views = [torch.randint(0, 256, (4, side, side, 3), dtype=torch.uint8) for _ in range(2)]
+        noise, draws = torch.rand(4, 16), torch.rand(4, 2 * count)
+        found = [lut(views, noise, teacher(views), draws), mae(views[:1], noise, None, draws[:, :count])]
+        for out, optimizer, curve in zip(found, optimizers, losses, strict=True):
+            optimizer.zero_grad()
+            out["loss"].backward()
+            optimizer.step()
+            curve.append(out["loss"].item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert abs(losses[0][9] / losses[0][0] - 1) > 1e-2
 
-    @register("solarized")
-    @dataclass(frozen=True)
-    class Solarized(Degradation):
-        """Inverts what is brighter than a random level; the target is the view as it was."""
 
-        lowest: float = 0.0
-        draws: ClassVar[int] = 1
-
-        def degrade(self, view: Tensor, draws: Tensor, side: int) -> Tensor:
-            level = self.lowest + draws[:, :, None, None]
-            return torch.where(view > level, -view, view)
-
-    yield "solarized"
-    del DEGRADATIONS["solarized"]
+EXAMPLE = f"{Path(__file__).parents[2] / 'examples' / 'solarized.py'}:Solarized"
 
 
-def test_a_degradation_of_ones_own_is_one_class(solarized: str) -> None:
-    recipe = load_recipe(
-        "demo", [f"method.degradation={solarized}", "method.degradation_params.lowest=0.5", "method.mask_ratio=0"]
-    )
-    assert (recipe.view_side, draws_per_sample(recipe)) == (24, 2)
+@pytest.mark.parametrize("method, ratio", [("mae", 0.0), ("mae", 0.75), ("lut", 0.0), ("lut", 0.75)])
+def test_a_degradation_of_ones_own_is_one_file(method: str, ratio: float) -> None:
+    own = [f"method.degradation={EXAMPLE}", "method.degradation_params.lowest=0.5"]
+    recipe = load_recipe("demo", [*own, f"method.name={method}", f"method.mask_ratio={ratio}"])
+    views = recipe.method.views
+    assert (recipe.view_side, draws_per_sample(recipe)) == (24, views)
     student = build_student(recipe)
-    assert student.degradation == DEGRADATIONS[solarized](lowest=0.5)  # type: ignore[call-arg]
-    views = [torch.randint(0, 256, (2, 24, 24, 3), dtype=torch.uint8) for _ in range(2)]
+    assert vars(student.degradation) == {"loss_on": "all", "lowest": 0.5}
+    pixels = [torch.randint(0, 256, (2, 24, 24, 3), dtype=torch.uint8) for _ in range(views)]
+    draws = torch.rand(2, views)
+    for view, seen, level in zip(pixels, student.degrade(pixels, draws), draws.T, strict=True):
+        bright = normalised(view) > 0.5 + level[:, None, None, None]
+        assert torch.equal(seen, torch.where(bright, -normalised(view), normalised(view)))
+        assert 0 < bright.float().mean() < 1
     teacher_q = torch.randn(2, 2, recipe.model.width).unbind(0)
-    student(views, torch.rand(2, 36), teacher_q, torch.rand(2, 2))["loss"].backward()
+    student(pixels, torch.rand(2, 36), teacher_q, draws)["loss"].backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in student.parameters())
+
+
+def test_a_file_may_be_called_as_a_library_and_postpone_its_annotations(tmp_path: Path) -> None:
+    own = tmp_path / "random.py"
+    text = Path(EXAMPLE.rpartition(":")[0]).read_text()
+    own.write_text(text.replace("from dataclasses", "from __future__ import annotations\n\nfrom dataclasses", 1))
+    recipe = load_recipe("demo", [f"method.degradation={own}:Solarized", "method.degradation_params.lowest=0.5"])
+    assert vars(build_student(recipe).degradation) == {"loss_on": "all", "lowest": 0.5}
+    import random
+
+    assert random.random() < 1
+
+
+def test_a_recipe_of_a_checkpoint_runs_no_file(tmp_path: Path) -> None:
+    """Only recipes that users name do: `load_recipe`, and then training."""
+    ran = tmp_path / "ran"
+    (tmp_path / "own.py").write_text(f"import pathlib\npathlib.Path({str(ran)!r}).touch()\n")
+    tree = load_recipe("demo").model_dump(mode="json")
+    tree["method"]["degradation"] = f"{tmp_path / 'own.py'}:Own"
+    recipe = parse_recipe(tree, "state.json")
+    build_encoder(recipe)
+    assert not ran.exists()
+    with pytest.raises(UserError, match=r"own\.py:Own: expected a file and a class in it"):
+        load_recipe("demo", [f"method.degradation={tree['method']['degradation']}"])
+    assert ran.exists()
+
+
+@pytest.mark.parametrize(
+    "text, named",
+    [
+        (None, "FileNotFoundError"),
+        ("class Own", "SyntaxError"),
+        ("import no_such_module", "ModuleNotFoundError: No module named 'no_such_module'"),
+        ("class Other: ...", "has no attribute 'Own'"),
+        ("class Own: ...", "subclass of lut_ds.method.degradations.Degradation"),
+        ("from lut_ds.method.degradations import Degradation\nclass Own(Degradation): ...", "with its degrade"),
+    ],
+)
+def test_a_file_that_holds_no_degradation_is_one_line(text: str | None, named: str, tmp_path: Path) -> None:
+    if text is not None:
+        (tmp_path / "own.py").write_text(text)
+    with pytest.raises(UserError, match=re.escape(named)) as caught:
+        load_recipe("demo", [f"method.degradation={tmp_path / 'own.py'}:Own"])
+    assert len(str(caught.value).splitlines()) == 1
+    assert "method.degradation" in str(caught.value)
+
+
+def test_a_name_is_registered_once() -> None:
     with pytest.raises(ValueError, match="registered twice"):
-        register(solarized)(DEGRADATIONS[solarized])
+        register("distorted")(DEGRADATIONS["distorted"])
 
 
 @pytest.mark.parametrize(
@@ -318,6 +410,7 @@ def test_a_degradation_of_ones_own_is_one_class(solarized: str) -> None:
         ("decolorized", {"weight": 0}, "weight"),
         ("zoomed_in", {"margin": 0}, "margin"),
         ("zoomed_in", {"w_edge": -1.0}, "w_edge"),
+        ("zoomed_in", {"w_edge": 0, "w_centre": 0}, "nothing to learn"),
         ("zoomed_out", {"view": 0.3}, "view"),
         ("zoomed_out", {"view": 1}, "view"),
     ],

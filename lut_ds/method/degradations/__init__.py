@@ -2,8 +2,9 @@
 
 Wei et al., "Beyond Masking: Demystifying Token-Based Pre-Training for Vision Transformers", 2022. A degradation is one file
 of this folder with one `@register`ed class (`base.Degradation`): what the encoder sees, what the target is, where the loss
-counts. Files are found by themselves; `method.degradation` takes the names. Any of them goes alone (`method.mask_ratio=0`),
-with masking, and with LUT's teacher (`method.name=lut`), which sees the clean views.
+counts. Files are found by themselves; `method.degradation` takes the names, or `FILE.py:CLASS` for a file that is anywhere
+else (`examples/solarized.py` is one). Any of them goes alone (`method.mask_ratio=0`), with masking, and with LUT's teacher
+(`method.name=lut`), which sees the clean views.
 
 What is ours and not the published code's: the encoder is timm's ViT with a cls token and three input channels, the decoder is
 MAE's, and random parameters are drawn for each view of each sample instead of once a batch, so that a run resumes exactly
@@ -12,14 +13,23 @@ and gives the same on any number of ranks.
 
 import difflib
 import importlib
+import importlib.util
+import os
 import pkgutil
+import re
+import sys
 from collections.abc import Mapping
 from dataclasses import fields
+from functools import cache
+from inspect import isabstract
+from types import ModuleType
 from typing import Any
 
 from lut_ds.method.degradations.base import DEGRADATIONS, Degradation, register
 
-__all__ = ["DEGRADATIONS", "Degradation", "make_degradation", "register"]
+__all__ = ["DEGRADATIONS", "Degradation", "in_a_file", "make_degradation", "register"]
+
+_FILE = re.compile(r"(?P<path>.+\.py):(?P<name>[A-Za-z_]\w*)", re.DOTALL)
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
@@ -36,14 +46,55 @@ def make_degradation(name: str, parameters: Mapping[str, Any] | None = None) -> 
         if parameters:
             raise ValueError(f"none takes no parameters, found {', '.join(parameters)}")
         return None
-    if name not in DEGRADATIONS:
-        close = difflib.get_close_matches(name, DEGRADATIONS, n=1, cutoff=0.5)
-        near = f"; did you mean {close[0]}?" if close else f"; expected none, {', '.join(sorted(DEGRADATIONS))}"
-        raise ValueError(f"no degradation {name}{near}")
-    known = {field.name: type(field.default) for field in fields(DEGRADATIONS[name])}
+    made = _from_file(name) if in_a_file(name) else _shipped(name)
+    known = {field.name: type(field.default) for field in fields(made)}
     for key, value in parameters.items():
         if key not in known:
             raise ValueError(f"{name} has no parameter {key}; expected {', '.join(known)}")
         if not isinstance(value, known[key]) and not (known[key] is float and type(value) is int):
             raise ValueError(f"{name}: {key}: expected a {known[key].__name__}, found {value!r}")
-    return DEGRADATIONS[name](**parameters)
+    return made(**parameters)
+
+
+def in_a_file(name: str) -> bool:
+    """Whether the name is `FILE.py:CLASS`: then `make_degradation` runs that file."""
+    return _FILE.fullmatch(name) is not None
+
+
+def _shipped(name: str) -> type[Degradation]:
+    if name not in DEGRADATIONS:
+        close = difflib.get_close_matches(name, DEGRADATIONS, n=1, cutoff=0.5)
+        expected = f"none, {', '.join(sorted(DEGRADATIONS))}, or FILE.py:CLASS"
+        raise ValueError(f"no degradation {name}; {f'did you mean {close[0]}?' if close else f'expected {expected}'}")
+    return DEGRADATIONS[name]
+
+
+def _from_file(name: str) -> type[Degradation]:
+    named = _FILE.fullmatch(name)
+    assert named is not None
+    try:
+        found = getattr(_loaded(os.path.abspath(os.path.expanduser(named["path"]))), named["name"])
+    except (ImportError, SyntaxError, AttributeError, NameError, TypeError, ValueError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{name}: expected a file and a class in it, found {type(error).__name__}: {reason}"
+        ) from error
+    if not (isinstance(found, type) and issubclass(found, Degradation)) or isabstract(found):
+        raise ValueError(
+            f"{name}: expected a subclass of lut_ds.method.degradations.Degradation with its degrade, found {found!r}"
+        )
+    return found
+
+
+@cache
+def _loaded(path: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"degradation:{path}", path)  # no name that another module has
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look there for annotations
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[spec.name]
+        raise
+    return module

@@ -34,6 +34,8 @@ class ZoomedIn(Degradation):
             raise ValueError(f"margin: expected more than 0 and at most 1, found {self.margin}")
         if self.w_centre < 0 or self.w_edge < 0:
             raise ValueError(f"w_centre, w_edge: expected at least 0, found {self.w_centre}, {self.w_edge}")
+        if self.w_centre + self.w_edge == 0:
+            raise ValueError("w_centre, w_edge: both are 0, which leaves nothing to learn; raise one")
 
     def view_side(self, side: int) -> int:
         """S and the margin on both sides."""
