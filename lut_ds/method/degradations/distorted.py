@@ -33,7 +33,7 @@ class Distorted(Degradation):
     def degrade(self, view: Tensor, draws: Tensor, side: int) -> Tensor:
         """The view through the fish-eye of draws (x, y, magnitude)."""
         magnitude = self.magnitude_low + (self.magnitude_high - self.magnitude_low) * draws[:, 2]
-        grid = fish_eye(2 * draws[:, :2] - 1, magnitude, side, side)
+        grid = fish_eye(2 * draws[:, :2] - 1, magnitude, *view.shape[2:])
         return F.grid_sample(view, grid, mode="bilinear", padding_mode="zeros", align_corners=True)
 
 
