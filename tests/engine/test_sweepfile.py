@@ -114,6 +114,6 @@ def test_the_sweeps_of_the_benchmarks(name: str, tmp_path: Path) -> None:
     assert lut.optim == mae.optim
 
 
-def test_the_sweep_of_further_factors(tmp_path: Path) -> None:
-    found = read_sweep(ROOT / "benchmarks" / "evidence" / "factors.yaml", tmp_path)
+def test_the_second_look_at_the_target(tmp_path: Path) -> None:
+    found = read_sweep(ROOT / "benchmarks" / "evidence" / "target.yaml", tmp_path)
     assert len(found.entries) == 3 * len(found.names)
