@@ -8,7 +8,8 @@ def keep_host_running(optimizer: Any) -> None:
 
     With `overlap_comm` the gradients are reduced on a stream of their own, and at the end of every backward pass DeepSpeed
     synchronises the device before it takes them up. What follows runs on the current stream, so that it is enough that this
-    stream waits; buffers that are used again were written, and are read, in that same order.
+    stream waits; buffers that are used again were written, and are read, in that same order. The exchange waits for the current
+    stream as well: without contiguous gradients DeepSpeed relies on the same call for gradients that are still computed.
 
     Args:
         optimizer: DeepSpeed's ZeRO 1 or 2.
@@ -19,7 +20,9 @@ def keep_host_running(optimizer: Any) -> None:
     accelerator = get_accelerator()
 
     def wait_on_the_stream(device_index: int | None = None) -> None:
-        accelerator.current_stream().wait_stream(optimizer.reduction_stream)
+        current, exchange = accelerator.current_stream(), optimizer.reduction_stream
+        exchange.wait_stream(current)
+        current.wait_stream(exchange)
 
     def finish_without_waiting() -> None:
         before = accelerator.synchronize
