@@ -29,8 +29,8 @@ class FinetuneModel(Section):
     """Shape of the classifier, and the weights that it starts from."""
 
     source: str | None = None
-    """Run, checkpoint or export folder, a file of timm, LUT, MAE, MoCo v3, DINO or iBOT, or timm:NAME:FILE; timm:NAME alone starts
-    from random weights."""
+    """Run, checkpoint or export folder, a file of timm, LUT, MAE, MoCo v3, DINO or iBOT, timm:NAME:FILE or timm:NAME.TAG (what
+    timm publishes); timm:NAME alone starts from random weights."""
     weights: Literal["ema", "student"] = "student"
     """Whose weights of the source: the student's (as the references), or the EMA teacher's."""
     image_size: Positive = 224

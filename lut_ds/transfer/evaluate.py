@@ -1,5 +1,6 @@
 """k-NN and linear probes from a source of weights to results.json: load, extract (or find) the features, evaluate, write."""
 
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,10 +149,20 @@ def own_data(source: str) -> str:
     run = None if source.startswith(PREFIX) else run_of(source)
     if run is None:
         raise UserError("--data: expected a folder with train/<class>/ and val/<class>/, found none; name it")
-    path = find_checkpoint(source).recipe.data.path
+    best = run / "best" / "config.json"
+    path = _classified(best) if best.is_file() else find_checkpoint(source).recipe.data.path
     inside = run / "data"  # the demo's own digits; their path, as the recipe has it, may be relative to another folder
     elsewhere = path is not None and Path(path).is_absolute() and Path(path).exists()
     return str(inside) if inside.is_dir() and not elsewhere else str(path)
+
+
+def _classified(config: Path) -> str:
+    """What a fine-tuning was trained on, by the config.json of its best epoch."""
+    try:
+        path = json.loads(config.read_text())["lut_ds"]["recipe"]["data"]["path"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(f"--data: {config}: expected the data of its training, found none; name them") from error
+    return str(path)
 
 
 def run_of(source: str) -> Path | None:

@@ -194,6 +194,14 @@ def recipe_for(encoder: Path, few: Path, **model: Any) -> FinetuneRecipe:
     )
 
 
+def test_what_is_left_out_of_a_file_is_told(encoder: Path, few: Path, tmp_path: Path) -> None:
+    state = torch.load(encoder, weights_only=True)["model"]
+    extra = {"mask_token": torch.zeros(1, 1, 4), "decoder_embed.weight": torch.zeros(4, 32)}
+    torch.save({"model": state | extra}, tmp_path / "mae.pth")
+    _, loaded = start_model(recipe_for(tmp_path / "mae.pth", few), ["a", "b"])
+    assert loaded.not_read == {"mask_token": 1, "decoder_embed": 1}
+
+
 def test_positions_are_interpolated(encoder: Path, few: Path) -> None:
     model, loaded = start_model(recipe_for(encoder, few, image_size=24), ["a", "b"])
     assert loaded.positions == (4, 6)

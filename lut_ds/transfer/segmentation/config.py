@@ -15,7 +15,8 @@ class SegmentModel(Section):
     """The encoder that is taken, and the heads on it."""
 
     source: str | None = None
-    """Run, checkpoint or export folder; .safetensors or .pth of timm, LUT, MAE, MoCo v3, DINO, iBOT; timm:NAME or timm:NAME:FILE."""
+    """Run, checkpoint or export folder; .safetensors or .pth of timm, LUT, MAE, MoCo v3, DINO, iBOT; timm:NAME[.TAG]
+    or timm:NAME:FILE."""
     weights: Literal["ema", "student"] | None = None
     """Whose weights of the source; null: the average of the student's where there is one."""
     source_heads: Positive | None = None

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import sys
 
 import numpy as np
@@ -41,7 +42,9 @@ def fine_tuned(request, tmp_path_factory, data):
     folder = tmp_path_factory.mktemp("finetuned") / request.param
     classes = open_source(data, "val").classes
     sizes = Model(**SIZES, mlp_ratio=4.0)
-    write_timm(folder / "best", classifier_config(sizes, request.param, classes, {}), model.state_dict())
+    about = {"recipe": {"data": {"path": data}}}
+    write_timm(folder / "best", classifier_config(sizes, request.param, classes, about), model.state_dict())
+    (folder / "checkpoints").mkdir()
     return folder
 
 
@@ -82,6 +85,13 @@ def test_a_classifier_is_worth_the_same_through_timm(fine_tuned, data, tmp_path)
     for name in ("gaussian_noise", "pixelate"):
         expected = top1(lambda x, i, name=name: corrupt(x, name, 3, 0, i))
         assert found["corruptions"]["top1"][name]["3"] == pytest.approx(expected, abs=0.6), "DALI's and PIL's decoders"
+
+
+def test_a_fine_tuning_is_tested_on_its_own_data(fine_tuned, data, tmp_path):
+    for source in (fine_tuned, fine_tuned / "best"):
+        asked = Request(str(source), output=str(tmp_path / source.name), threads=2)
+        found = evaluate_robustness(asked, Wanted(sets=("clean",), limit=20))
+        assert (found["data"], found["sets"]["clean"]["images"]) == (os.path.abspath(data), 20)
 
 
 def test_an_encoder_gets_the_probe_of_lut_ds_probe(lut_run, data, tmp_path):
