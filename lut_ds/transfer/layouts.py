@@ -62,9 +62,9 @@ def read_state_dict(path: Path, kind: Kind | None) -> StateDict:
     left_out = Counter(others)
     head: dict[str, Tensor] = {}
     for name, value in state.items():
-        if not isinstance(name, str) or not isinstance(value, Tensor):
+        if not isinstance(name, str) or not is_plain(value):
             raise UserError(
-                f"checkpoint: {path}: expected tensors, found something else at {name}; is it a state dict?"
+                f"checkpoint: {path}: expected plain tensors, found something else at {name}; is it a state dict?"
             )
         short = _unwrapped(name)
         part = short.partition(".")[0]
@@ -82,6 +82,13 @@ def read_state_dict(path: Path, kind: Kind | None) -> StateDict:
     check_finite({**weights, **head}, path)
     epoch = content.get("epoch")
     return StateDict(layout, found, weights, dict(left_out), epoch if isinstance(epoch, int) else None, head)
+
+
+def is_plain(value: object) -> bool:
+    """Whether it is a tensor with an ordinary number at every place: not sparse, complex, quantized or without values."""
+    if not isinstance(value, Tensor) or value.layout != torch.strided:
+        return False
+    return not (value.is_complex() or value.is_quantized or value.is_meta)
 
 
 def check_finite(weights: Mapping[str, Tensor], path: str | Path) -> None:

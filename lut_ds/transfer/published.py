@@ -14,7 +14,7 @@ from lut_ds.config import Model
 from lut_ds.errors import UserError
 from lut_ds.method.encoder import Encoder
 from lut_ds.method.names import convert_published
-from lut_ds.transfer.layouts import load_safely
+from lut_ds.transfer.layouts import is_plain, load_safely
 
 ENTRIES = {"student": "model", "ema": "model_ema"}
 # Attention heads of the published encoders by width; weights do not tell them.
@@ -86,8 +86,8 @@ def read_published(path: str | Path, kind: Literal["student", "ema"], heads: int
         advice = "; take the student's weights (--student)" if kind == "ema" and "model" in content else ""
         names = ", ".join(map(str, list(content)[:5])) or "nothing"
         raise UserError(f"checkpoint: {path}: expected {entry!r} in it, found {names}{advice}")
-    if bad := next((k for k, v in state.items() if not isinstance(k, str) or not isinstance(v, Tensor)), None):
-        raise UserError(f"checkpoint: {path}: expected tensors in {entry!r}, found something else at {bad}")
+    if bad := next((k for k, v in state.items() if not isinstance(k, str) or not is_plain(v)), None):
+        raise UserError(f"checkpoint: {path}: expected plain tensors in {entry!r}, found something else at {bad}")
     weights = {k: v.float() if v.is_floating_point() else v for k, v in convert_published(state).items()}
     if not all(name in weights for name in _SIZES):
         missing = next(name for name in _SIZES if name not in weights)

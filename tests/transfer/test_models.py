@@ -192,6 +192,8 @@ def without(name):
         (poisoned, "NaN or infinity in blocks.1.attn.qkv.weight"),
         (lambda: without("blocks.1.mlp.fc2.bias"), "found none of blocks.1.mlp.fc2.bias"),
         (lambda: without("pos_embed"), "no pos_embed"),
+        (lambda: {**vit().state_dict(), "norm.bias": torch.zeros(32).to_sparse()}, "something else at norm.bias"),
+        (lambda: {**vit().state_dict(), "norm.bias": torch.zeros(32) * 1j}, "something else at norm.bias"),
         (
             lambda: {"conv1.weight": torch.ones(3), "fc.bias": torch.ones(3)},
             "expected a Vision Transformer, found conv1",
