@@ -83,7 +83,8 @@ class Memory:
 
     Attributes:
         states: from the first step to the last, by part.
-        backward: beside them when the first gradient of the last micro-batch is computed, by part.
+        backward: beside them when the first gradient of the last micro-batch is computed (of a lone one, when it begins or
+            ends), by part.
         step: beside them in the optimizer's step and the refresh of the teacher, by part.
     """
 
@@ -187,9 +188,13 @@ def memory(
     }
     # In fp32 stage 2 keeps the gradients of parameters that cross a border whole.
     second = 4.0 * shard if e == 2 else 4.0 * count.touched(world_size)
+    gradients = {0: 4.0 * whole, 1: float(e * count.parameters), 2: second, 3: 4.0 * shard}[stage]
+    passes = passing.peak - passing.inputs
+    if accumulation == 1:  # gradients come as activations go
+        gradients, passes = (gradients, 0.0) if gradients > passes else (0.0, passes)
     backward = {
-        "gradients": {0: 4.0 * whole, 1: float(e * count.parameters), 2: second, 3: 4.0 * shard}[stage],
-        "activations": passing.peak - passing.inputs,
+        "gradients": gradients,
+        "activations": passes,
         "exchange": _exchange(recipe, zero, stage, world_size) * e,
     }
     return Memory(states, backward, _step(recipe, zero, stage, world_size, shard, whole))

@@ -1,6 +1,7 @@
 """The plan beside what was counted: python -m tests.bench.plan_check > benchmarks/planner_cpu.json (some CPU minutes)."""
 
 import json
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -11,11 +12,17 @@ from lut_kernels import kernels_mode
 from lut_ds.bench.machine import describe_machine
 from lut_ds.config import Recipe, load_recipe, parse_recipe
 from lut_ds.engine.activations import activations, with_checkpointing
+from tests.bench.peak_check import FP32
 from tests.bench.test_counted import CHANGES, planned_bytes, planned_states, run_counting, tree
 from tests.engine.kept import kept_an_image
 from tests.engine.tiny import tiny_tree
 
 WORLD_SIZES = (2, 4)
+PEAKS = (
+    ("lut_vits16", "16", *FP32, "train.deepspeed=zero1"),
+    ("lut_vits16", "16", "train.deepspeed=zero2"),
+    ("lut_vitb16", "8", *FP32, "train.deepspeed=zero1", "train.activation_checkpointing=true"),
+)
 
 
 def compared(planned: float, counted: float) -> dict[str, float]:
@@ -64,6 +71,15 @@ def small_recipe(model: str, method: str, compute: str) -> Recipe:
     return parse_recipe(made, model)
 
 
+def process_peaks() -> dict[str, Any]:
+    """Peaks of processes by case, each measured in its own."""
+    found: dict[str, Any] = {}
+    for case in PEAKS:
+        command = [sys.executable, "-m", "tests.bench.peak_check", *case]
+        found |= json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+    return found
+
+
 def main() -> None:
     """Count everything, and print it as JSON."""
     ranks: dict[str, Any] = {}
@@ -72,7 +88,13 @@ def main() -> None:
             counted = run_counting({name: tree(name, world_size) for name in CHANGES}, world_size, Path(folder))
         ranks[f"{world_size} ranks"] = {name: counted_case(name, rank) for name, rank in counted.items()}
     machine = {**describe_machine(), "command": "python -m tests.bench.plan_check"}
-    report = {"machine": machine, "ranks": ranks, "activations_an_image": kept_cases()}
+    report = {
+        "machine": machine,
+        "ranks": ranks,
+        "activations_an_image": kept_cases(),
+        "process_peaks": process_peaks(),
+        "process_peaks_machine": machine,
+    }
     json.dump(report, sys.stdout, indent=1)
     print()
 
