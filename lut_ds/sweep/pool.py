@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import connection
+from multiprocessing import connection, resource_tracker
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -82,6 +82,7 @@ def run_jobs(
     ended: list[Ended] = []
     with _environment({"OMP_NUM_THREADS": str(threads)}), _ended_with_us(working):
         context = _context(bool(devices))
+        resource_tracker.ensure_running()  # started by the first process else, and that would unblock its signals
         while working or (waiting and not stop.requested):
             while waiting and places and not stop.requested:
                 job, place = waiting.pop(0), places.pop(0)

@@ -13,10 +13,11 @@ TOLD = 9
 
 def note(partners: int, log: Path, environment: Mapping[str, str]) -> None:
     """Write what this process sees, once so many jobs have begun."""
+    blocked = [number.name for number in signal.pthread_sigmask(signal.SIG_BLOCK, [])]
     log.with_suffix(".began").touch()
     while len(list(log.parent.glob("*.began"))) < partners:
         time.sleep(0.02)
-    log.write_text(json.dumps({"imported": SEEN, "given": environment["CUDA_VISIBLE_DEVICES"]}))
+    log.write_text(json.dumps({"imported": SEEN, "given": environment["CUDA_VISIBLE_DEVICES"], "blocked": blocked}))
 
 
 def linger(log: Path, environment: Mapping[str, str]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lut_ds.engine.signals import StopRequest
+from lut_ds.engine.signals import STOP_SIGNALS, StopRequest
 from lut_ds.sweep.pool import Ended, Job, device_names, run_jobs
 from tests.sweep.light_jobs import TOLD, end_after, linger, note
 
@@ -36,6 +36,7 @@ def test_every_worker_sees_the_gpu_of_its_place(tmp_path: Path) -> None:
     assert sorted((e.job.title, e.code) for e in ended) == [(str(i), 0) for i in range(4)]
     seen = [json.loads(job.log.read_text()) for job in jobs]
     assert all(s["imported"] == s["given"] for s in seen)
+    assert all(set(STOP_SIGNALS) <= set(s["blocked"]) for s in seen)  # none ends it half imported
     assert [s["imported"] for s in seen[:3]] == ["GPU-a", "3", "GPU-a"]
     assert seen[3]["imported"] == {"0": "GPU-a", "1": "3", "2": "GPU-a"}[ended[0].job.title]
     assert "CUDA_VISIBLE_DEVICES" not in os.environ or os.environ["CUDA_VISIBLE_DEVICES"] not in ("GPU-a", "3")
