@@ -110,9 +110,12 @@ def _numbers(text: str) -> list[int]:
 
 
 def _positive_float(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
     if not 0 < value < float("inf"):
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"expected a positive number, found {text!r}")
     return value
 
 

@@ -18,7 +18,7 @@ from lut_ds.errors import UserError
 from lut_ds.transfer.features import Compute, Features, computing, extract
 from lut_ds.transfer.knn import knn_predict
 from lut_ds.transfer.labelled import open_labelled
-from lut_ds.transfer.linear import LinearProbe, Protocol, evaluate_head
+from lut_ds.transfer.linear import LinearProbe, Protocol, check_batch, evaluate_head
 from lut_ds.transfer.load import Kind, find_checkpoint
 from lut_ds.transfer.models import PREFIX, Pool, Pretrained, load_model
 from lut_ds.transfer.probe import Sweep, probe_features
@@ -120,6 +120,7 @@ def evaluate_linear(request: Request, protocol: Protocol) -> dict[str, Any]:
     """
     subject = _prepare(request, "probe_mae")
     with computing(request.batch_size, request.threads, request.precision) as compute:
+        check_batch(protocol.batch, len(subject.train), compute.ranks.world_size)
         queries = extract(subject.model, request.pool, subject.val, "val", subject.cache, compute)
         probe = LinearProbe(subject.model, request.pool, subject.train, queries, protocol, subject.output, compute)
         outcome = probe.run()

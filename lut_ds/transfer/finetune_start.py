@@ -19,13 +19,19 @@ def open_images(recipe: FinetuneRecipe) -> tuple[Source, Source]:
     """Training and validation images of `data.path`: of the same classes, each with images in both.
 
     Raises:
-        UserError: no such data, classes that differ, an empty class, or a label that is none of them.
+        UserError: no such data, classes that differ, an empty class, a label that is none of them, or fewer images than a batch.
     """
     if recipe.data.path is None:
         raise UserError(
             "data.path: no images given; add data.path=DIR, where DIR holds train/<class>/*.jpg and val/<class>/*.jpg"
         )
-    return open_labelled(recipe.data.path)
+    train, val = open_labelled(recipe.data.path)
+    if len(train) < recipe.train.global_batch:
+        raise UserError(
+            f"train.global_batch: expected at most the {len(train)} training images of data.path, found "
+            f"{recipe.train.global_batch}; lower train.global_batch or add images"
+        )
+    return train, val
 
 
 def start_model(recipe: FinetuneRecipe, classes: list[str]) -> tuple[VisionTransformer, Loaded]:

@@ -56,6 +56,15 @@ def published_epochs(width: int) -> int:
     return 50 if width >= _LARGE else 90
 
 
+def check_batch(batch: int, images: int, ranks: int) -> None:
+    """UserError unless ranks can share a batch, and there are images for one."""
+    if batch > images or batch % ranks:
+        raise UserError(
+            f"--batch: expected a multiple of {ranks} ranks and at most the {images} training images, found {batch}; "
+            "choose another (the learning rate follows it)"
+        )
+
+
 class Head(nn.Module):
     """BatchNorm without affine, then a linear layer whose weight starts at N(0, 0.01) and bias at 0."""
 
@@ -118,11 +127,7 @@ class LinearProbe:
         self._protocol, self._compute = protocol, compute
         self._file = folder / "probe.safetensors"
         ranks = compute.ranks
-        if protocol.batch > len(train) or protocol.batch % ranks.world_size:
-            raise UserError(
-                f"--batch: expected a multiple of {ranks.world_size} ranks and at most the {len(train)} training images, found "
-                f"{protocol.batch}; choose another (the learning rate follows it)"
-            )
+        check_batch(protocol.batch, len(train), ranks.world_size)
         share = protocol.batch // ranks.world_size
         self._micro = max(m for m in range(1, min(_RANK_BATCH, share) + 1) if share % m == 0)
         self._model = found.model.to(ranks.device).eval().requires_grad_(False)

@@ -247,6 +247,11 @@ def test_class_folders_that_do_not_fit_are_refused(
         open_images(recipe_for(encoder, folder))
 
 
+def test_a_batch_of_more_images_than_there_are_is_refused_with_the_data(encoder: Path, few: Path) -> None:
+    with pytest.raises(UserError, match="expected at most the 30 training images"):
+        open_images(recipe_for(encoder, few))
+
+
 def test_refused_command_leaves_nothing(tmp_path: Path, encoder: Path, few: Path) -> None:
     done = finetune(tmp_path, encoder, few, write_recipe(tmp_path), "model.width=64")
     assert done.returncode == 2

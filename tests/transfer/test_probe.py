@@ -162,3 +162,4 @@ def test_a_probe_that_does_not_fit_is_named(lut_run, tmp_path):
     done = lut_ds(*options, cwd=tmp_path)
     assert done.returncode == 2
     assert "--batch: expected a multiple of 1 ranks and at most the 1442 training images, found 16384" in done.stderr
+    assert not (tmp_path / "c").exists(), "said before anything is computed"
