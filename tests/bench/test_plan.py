@@ -1,6 +1,8 @@
 """`lut-ds plan`: figures that fit together, choices that fit the device, and refusals that say what would."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ from lut_ds.bench.planner.fit import Fitter
 from lut_ds.bench.planner.timing import Cluster, step_time
 from lut_ds.cli import build_parser, main
 from lut_ds.config import load_recipe, recipe_folder
+from lut_ds.engine.ds_config import load_ds_config
+from lut_ds.engine.memory import memory
 from lut_ds.errors import UserError
 
 
@@ -212,3 +216,20 @@ def test_time_follows_what_it_is_made_of() -> None:
     again = Fitter(recipe, Cluster(DEVICES["h100"], 64, 8, 400), 0.35).way(1, 64, True)
     # The student's and decoder's forward passes once more: a third of what they compute.
     assert 0.1 < again.time.recompute / again.time.compute < 1 / 3
+
+
+def test_gradients_come_as_activations_go() -> None:
+    recipe = load_recipe("lut_vitl16")
+    alone, second = (memory(recipe, load_ds_config(recipe), 1, 64, accumulation) for accumulation in (1, 2))
+    assert alone.backward["gradients"] == 0
+    assert second.peak - alone.peak == second.backward["gradients"] > 1e9
+
+
+@pytest.mark.slow
+def test_the_peak_of_real_steps() -> None:
+    """What torch allocates from the model's making to its second step; the larger models' are in benchmarks/planner_cpu.json."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.bench.peak_check", "demo", "64"], check=True, capture_output=True, text=True
+    )
+    (found,) = json.loads(done.stdout.splitlines()[-1]).values()
+    assert found["planned"] == pytest.approx(found["measured"], rel=0.1)
