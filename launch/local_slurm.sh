@@ -50,9 +50,10 @@ SlurmdParameters=config_overrides
 SchedulerParameters=sched_interval=1,sched_min_interval=0,batch_sched_delay=0,bf_interval=1
 ReturnToService=2
 KillWait=3
-SlurmdTimeout=10
-SlurmctldTimeout=10
-TCPTimeout=2
+SlurmdTimeout=120
+SlurmctldTimeout=120
+MessageTimeout=60
+TCPTimeout=10
 InactiveLimit=0
 MinJobAge=3600
 JobRequeue=1
@@ -80,7 +81,7 @@ for i in $(seq "$NODES"); do
 done
 slurmctld -c
 for i in $(seq "$NODES"); do local-slurm-node start "node$i"; done
-for _ in $(seq 300); do
+for _ in $(seq 3000); do
   [ "$(sinfo -h -N -t idle -o %N 2>/dev/null | sort -u | wc -l)" = "$NODES" ] && { "$@"; exit $?; }; sleep .1
 done
 echo "local_slurm: cluster did not come up, see $R/log" >&2; exit 1

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lut_ds.tracking import read_metrics
-from tests.engine.launching import ROOT
+from tests.engine.launching import PATIENCE, ROOT
 
 TOOLS = ("slurmctld", "slurmd", "srun", "ip", "unshare")
 MISSING = [tool for tool in TOOLS if not shutil.which(tool, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")]
@@ -49,7 +49,7 @@ class Cluster:
         )
         self.run("sinfo")
 
-    def run(self, *command: object, check: bool = True, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    def run(self, *command: object, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Run a command inside; fails with what it printed unless it exits 0 or `check` is off."""
         base = self.folder / f"command-{next(self._numbers):05d}"
         line = shlex.join(map(str, command))
@@ -58,7 +58,7 @@ class Cluster:
             f"({line}) >{base}.out 2>{base}.err </dev/null; echo $? >{base}.tmp; mv {base}.tmp {base}.code\n"
         )
         self._shell.stdin.flush()
-        self.until(Path(f"{base}.code").exists, timeout, line)
+        self.until(Path(f"{base}.code").exists, line)
         done = subprocess.CompletedProcess(
             list(map(str, command)),
             int(Path(f"{base}.code").read_text()),
@@ -72,12 +72,12 @@ class Cluster:
         """Run `lut-ds` on the controller's machine, as on a login node."""
         return self.run(sys.executable, "-m", "lut_ds", *arguments, check=check)
 
-    def until(self, true: Callable[[], Any], timeout: float, what: str, every: float = 0.05) -> None:
+    def until(self, true: Callable[[], Any], what: str, every: float = 0.05) -> None:
         """Wait for a condition, looked at `every` so many seconds."""
-        deadline = time.monotonic() + timeout
+        deadline = time.monotonic() + PATIENCE
         while not true():
             assert self._shell.poll() is None, "the cluster ended: " + (self.folder / "cluster.log").read_text()[-3000:]
-            assert time.monotonic() < deadline, f"waited {timeout:.0f} s for: {what}\n{self.logs()}"
+            assert time.monotonic() < deadline, f"waited {PATIENCE:.0f} s for: {what}\n{self.logs()}"
             time.sleep(every)
 
     def field(self, job: object, name: str) -> str:
@@ -85,7 +85,7 @@ class Cluster:
         shown = self.run("scontrol", "show", "job", "-o", job).stdout
         return dict(word.split("=", 1) for word in shown.split() if "=" in word)[name]
 
-    def wait_for(self, job: object, *states: str, timeout: float = 150) -> str:
+    def wait_for(self, job: object, *states: str) -> str:
         """Wait until a job is in one of the states; returns it."""
         found: list[str] = []
 
@@ -94,14 +94,12 @@ class Cluster:
             return found[-1] in states
 
         # Each look starts processes, on the cores that the ranks need.
-        self.until(reached, timeout, f"job {job} in {states}", every=0.4)
+        self.until(reached, f"job {job} in {states}", every=0.4)
         return found[-1]
 
-    def wait_for_steps(self, run: Path, count: int, timeout: float = 120) -> None:
+    def wait_for_steps(self, run: Path, count: int) -> None:
         """Wait until a run has recorded so many steps."""
-        self.until(
-            lambda: len(read_metrics(run / "metrics.jsonl")) >= count, timeout, f"{count} steps recorded in {run}"
-        )
+        self.until(lambda: len(read_metrics(run / "metrics.jsonl")) >= count, f"{count} steps recorded in {run}")
 
     def processes(self, words: str) -> list[str]:
         """Command lines, whole however narrow COLUMNS is, of the processes on all nodes that contain `words`; zombies too."""
@@ -118,7 +116,7 @@ class Cluster:
         assert self._shell.stdin is not None
         self._shell.stdin.close()
         try:
-            self._shell.wait(timeout=30)
+            self._shell.wait(timeout=PATIENCE)
         finally:
             self._shell.kill()
             self._shell.wait()
