@@ -51,6 +51,9 @@ LONG = (
     "engine/test_recipes.py",
     "demo/test_demo.py",
     "bench/test_step_bench.py",
+    "engine/test_stopping.py",
+    "engine/test_checkpoint.py",
+    "sweep/test_sweep.py",
     "faults/test_kills.py",
 )
 

@@ -20,7 +20,10 @@ MICRO_BATCH = 4
 
 
 def measure(folder: str, batches: int) -> dict[str, float]:
-    """RSS (MB) twenty times over the run; its slope by least squares over the last three quarters, bytes a batch."""
+    """RSS (MB) twenty times over the run; its slope by least squares over the last three quarters, bytes a batch.
+
+    `steady_bytes_per_batch` is the least of these quarters' own slopes: what an allocator takes once is in one of them alone.
+    """
     process, every = psutil.Process(), max(1, batches // 20)
     source = ImageFolder(folder)
     rss, started, cpu = [], time.monotonic(), time.process_time()
@@ -34,12 +37,14 @@ def measure(folder: str, batches: int) -> dict[str, float]:
                 rss.append((done, process.memory_info().rss))
         replaced = loader.bad
     warm = np.array(rss[len(rss) // 4 :], np.float64)
+    slope, *each = (float(np.polyfit(part[:, 0], part[:, 1], 1)[0]) for part in (warm, *np.array_split(warm, 3)))
     return {
         "batches": batches,
         "micro_batch": MICRO_BATCH,
         "replaced": replaced,
         "rss_mb": [round(value / 2**20, 1) for _, value in rss],
-        "slope_bytes_per_batch": round(float(np.polyfit(warm[:, 0], warm[:, 1], 1)[0]), 1),
+        "slope_bytes_per_batch": round(slope, 1),
+        "steady_bytes_per_batch": round(min(each), 1),
         "seconds": round(time.monotonic() - started, 1),
         "cpu_seconds": round(time.process_time() - cpu, 1),
     }

@@ -17,4 +17,4 @@ def test_memory_is_flat(tmp_path: Path) -> None:
         path.write_bytes(path.read_bytes()[:300])
     found = measure(str(tmp_path), 1500)
     assert found["replaced"] > 200
-    assert found["slope_bytes_per_batch"] < BYTES_A_BATCH, found
+    assert found["steady_bytes_per_batch"] < BYTES_A_BATCH, found
