@@ -242,7 +242,7 @@ def process_group(ranks: Ranks, timeout_minutes: float = 30.0) -> Iterator[None]
         raise
     finally:
         if dist.is_initialized():
-            dist.destroy_process_group()
+            deepspeed.comm.destroy_process_group()  # its own, which also forgets the groups that it made
 
 
 def _quieten(deepspeed: Any) -> None:

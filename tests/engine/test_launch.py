@@ -12,7 +12,7 @@ import pytest
 import torch
 from lut_kernels import dispatch
 
-from lut_ds.engine.launch import discover_ranks, first_host, slurm_environment
+from lut_ds.engine.launch import discover_ranks, first_host, process_group, slurm_environment
 from lut_ds.errors import UserError
 from tests.engine.launching import PATIENCE, ROOT, free_port
 
@@ -200,6 +200,16 @@ def test_an_incomplete_environment_is_refused(missing: str) -> None:
     del os.environ[missing]
     with pytest.raises(UserError, match=f"launch: .*{missing}"):
         discover_ranks()
+
+
+def test_a_process_may_join_again() -> None:
+    """DeepSpeed keeps the groups that it makes; those of a group that was left would be asked in the next one."""
+    import deepspeed
+    from deepspeed.utils import groups
+
+    for _ in range(2):
+        with process_group(discover_ranks()):
+            assert deepspeed.comm.get_global_rank(groups._clone_world_group(), 0) == 0
 
 
 JOIN = """
