@@ -88,10 +88,8 @@ def run_jobs(
                 job, place = waiting.pop(0), places.pop(0)
                 own = {"CUDA_VISIBLE_DEVICES": devices[place % len(devices)]} if devices else {}
                 process = context.Process(target=job.function, args=(*job.arguments, job.log, own), name=job.title)
-                with (
-                    _set(own),
-                    _blocked(),
-                ):  # own: before it imports, as DeepSpeed's import asks CUDA, which reads it once
+                # Before it imports: DeepSpeed's import asks CUDA, which reads the variable once.
+                with _set(own), _blocked():
                     process.start()
                 working[process] = _Working(job, place, time.monotonic())
             connection.wait([process.sentinel for process in working], timeout=_POLL)
