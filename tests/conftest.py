@@ -16,6 +16,12 @@ from torch import Tensor
 
 from lut_ds.data.digits import write_digits
 
+# The tests are no ranks of the job in which somebody may start them.
+LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_", "SLURM_", "TORCHELASTIC_")
+for name in [name for name in os.environ if name.startswith(LAUNCHERS)]:
+    del os.environ[name]
+ENVIRONMENT = dict(os.environ)
+
 # Above Hypothesis's own profile, which draws the same examples each time where CI is set and others each time elsewhere:
 # how long an example takes says how busy the machine is.
 settings.register_profile("lut_ds", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -71,14 +77,19 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_digits(tmp_path_factory.mktemp("digits") / "digits", 32)
 
 
+def _restore_environment() -> None:
+    for name in [name for name in os.environ if name not in ENVIRONMENT and not name.startswith("PYTEST_")]:
+        del os.environ[name]
+    os.environ.update({name: value for name, value in ENVIRONMENT.items() if os.environ.get(name) != value})
+
+
 @pytest.fixture(autouse=True)
 def environment() -> Iterator[None]:
-    """Commands that run in the test's process set variables of it; the next test must not inherit them."""
-    before = dict(os.environ)
+    """Each test begins with the session's environment, whatever commands set in this process: in a test before it, or
+    in a fixture of its file, which is made before this one."""
+    _restore_environment()
     yield
-    for name in [name for name in os.environ if name not in before]:
-        del os.environ[name]
-    os.environ.update({name: value for name, value in before.items() if os.environ.get(name) != value})
+    _restore_environment()
 
 
 @pytest.fixture(autouse=True)

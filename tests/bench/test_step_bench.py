@@ -69,12 +69,9 @@ def test_measures_ours_and_its_parts(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def ranks() -> Iterator[Ranks]:
-    """A lone rank's process group; what it sets in the environment is taken back."""
-    before = dict(os.environ)
+    """A lone rank's process group."""
     found = discover_ranks()
     with process_group(found):
-        os.environ.clear()
-        os.environ.update(before)
         yield found
 
 

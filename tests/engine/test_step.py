@@ -1,6 +1,5 @@
 """What a step must not do: wait for the device in its middle, compile again, or gather weights that nobody asked for."""
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,12 +57,9 @@ def _by_mask(args: Any) -> bool:
 @pytest.fixture(scope="module")
 def ranks() -> Iterator[Ranks]:
     """A lone rank's process group."""
-    before = dict(os.environ)
     found = discover_ranks()
     with process_group(found):
         yield found
-    os.environ.clear()
-    os.environ.update(before)
 
 
 def trainer_of(ranks: Ranks, stage: str, precision: tuple[str, str], **train: Any) -> Trainer:

@@ -109,7 +109,10 @@ def test_the_ranks_are_told_by_a_signal_that_they_listen_to(recipe: str, tmp_pat
     assert [told(text, SLURM_ARRAY_TASK_ID=str(task)) for task in range(2)] == ["HUP", "USR1"]
 
 
-def test_setup_lines_come_before_the_body_and_a_cpu_job_says_so(recipe: str, tmp_path: Path) -> None:
+def test_setup_lines_come_before_the_body_and_a_cpu_job_says_so(
+    recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)  # of whoever runs the tests: a job would inherit it
     setup = tmp_path / "setup.sh"
     setup.write_text("export NCCL_DEBUG=INFO\n")
     assert run_settings(script(recipe, setup=str(setup)), 'echo "$NCCL_DEBUG ${DS_ACCELERATOR:-}"') == "INFO \n"

@@ -16,10 +16,7 @@ from tests.engine.launching import PATIENCE, ROOT
 
 TOOLS = ("slurmctld", "slurmd", "srun", "ip", "unshare")
 MISSING = [tool for tool in TOOLS if not shutil.which(tool, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")]
-WHY = (
-    f"Slurm is not installed ({', '.join(MISSING)} missing): apt-get install slurmctld slurmd slurm-client munge iproute2, "
-    "or name an unpacked tree in SLURM_PREFIX"
-)
+WHY = f"Slurm is not installed ({', '.join(MISSING)} missing): apt-get install slurmctld slurmd slurm-client munge iproute2"
 LAUNCHER_VARIABLES = ("SLURM", "SBATCH", "SRUN", "RANK", "WORLD", "LOCAL_RANK", "MASTER_", "LUT_DS_")
 
 # An urgent queue whose jobs preempt those of `main`: told by their signal, 30 s to save, then requeued.
