@@ -20,7 +20,6 @@ from lut_ds.data.digits import write_digits
 LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_", "SLURM_", "TORCHELASTIC_")
 for name in [name for name in os.environ if name.startswith(LAUNCHERS)]:
     del os.environ[name]
-ENVIRONMENT = dict(os.environ)
 
 # Above Hypothesis's own profile, which draws the same examples each time where CI is set and others each time elsewhere:
 # how long an example takes says how busy the machine is.
@@ -77,19 +76,26 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_digits(tmp_path_factory.mktemp("digits") / "digits", 32)
 
 
-def _restore_environment() -> None:
-    for name in [name for name in os.environ if name not in ENVIRONMENT and not name.startswith("PYTEST_")]:
-        del os.environ[name]
-    os.environ.update({name: value for name, value in ENVIRONMENT.items() if os.environ.get(name) != value})
+@pytest.fixture(scope="session", autouse=True)
+def session_environment() -> dict[str, str]:
+    """The environment when all test files have been imported, and libraries have set what they need."""
+    return dict(os.environ)
 
 
 @pytest.fixture(autouse=True)
-def environment() -> Iterator[None]:
+def environment(session_environment: dict[str, str]) -> Iterator[None]:
     """Each test begins with the session's environment, whatever commands set in this process: in a test before it, or
     in a fixture of its file, which is made before this one."""
-    _restore_environment()
+
+    def restore() -> None:
+        for name in [name for name in os.environ if name not in session_environment and not name.startswith("PYTEST_")]:
+            del os.environ[name]
+        changed = {name: value for name, value in session_environment.items() if os.environ.get(name) != value}
+        os.environ.update({name: value for name, value in changed.items() if not name.startswith("PYTEST_")})
+
+    restore()
     yield
-    _restore_environment()
+    restore()
 
 
 @pytest.fixture(autouse=True)
