@@ -76,26 +76,26 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_digits(tmp_path_factory.mktemp("digits") / "digits", 32)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def session_environment() -> dict[str, str]:
-    """The environment when all test files have been imported, and libraries have set what they need."""
-    return dict(os.environ)
+def _restore_environment(before: dict[str, str]) -> None:
+    for name in [name for name in os.environ if name not in before and name != "PYTEST_CURRENT_TEST"]:
+        del os.environ[name]
+    os.environ.update({name: value for name, value in before.items() if os.environ.get(name) != value})
+
+
+@pytest.fixture(scope="module", autouse=True)
+def file_environment() -> Iterator[None]:
+    """Commands that run in the test's process set variables of it; what a file's fixtures set ends with the file."""
+    before = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
+    yield
+    _restore_environment(before)
 
 
 @pytest.fixture(autouse=True)
-def environment(session_environment: dict[str, str]) -> Iterator[None]:
-    """Each test begins with the session's environment, whatever commands set in this process: in a test before it, or
-    in a fixture of its file, which is made before this one."""
-
-    def restore() -> None:
-        for name in [name for name in os.environ if name not in session_environment and not name.startswith("PYTEST_")]:
-            del os.environ[name]
-        changed = {name: value for name, value in session_environment.items() if os.environ.get(name) != value}
-        os.environ.update({name: value for name, value in changed.items() if not name.startswith("PYTEST_")})
-
-    restore()
+def environment(file_environment: None) -> Iterator[None]:
+    """What a test sets, or a command in it, the next test does not inherit."""
+    before = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
     yield
-    restore()
+    _restore_environment(before)
 
 
 @pytest.fixture(autouse=True)

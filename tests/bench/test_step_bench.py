@@ -69,9 +69,12 @@ def test_measures_ours_and_its_parts(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def ranks() -> Iterator[Ranks]:
-    """A lone rank's process group."""
+    """A lone rank's process group; what it sets in the environment is taken back."""
+    before = dict(os.environ)
     found = discover_ranks()
     with process_group(found):
+        os.environ.clear()
+        os.environ.update(before)
         yield found
 
 
