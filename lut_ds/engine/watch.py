@@ -99,7 +99,7 @@ class Watch:
         self._flops, self._title = flops_per_image, title
         self._recipe, self._ranks, self._folder = recipe, ranks, folder
         self._per_epoch, self._stop_step = steps_per_epoch, stop_step
-        self._recorder = StepRecorder(trainer.metric_names)
+        self._recorder, self._averaged = StepRecorder(trainer.metric_names), trainer.ema is not None
         self._log: MetricsLog | None = None
         self._progress: Progress | None = None
         self._wandb: WandbMirror | None = None
@@ -159,8 +159,9 @@ class Watch:
             yield batch
 
     def record(self, step: int, metrics: Tensor, lr: float, ema_decay: float) -> None:
-        """Remember what a step measured."""
-        self._recorder.add({"step": step, "epoch": step / self._per_epoch, "lr": lr, "ema_decay": ema_decay}, metrics)
+        """Remember what a step measured; `ema_decay` is recorded of a run that keeps an average."""
+        decay = {"ema_decay": ema_decay} if self._averaged else {}
+        self._recorder.add({"step": step, "epoch": step / self._per_epoch, "lr": lr, **decay}, metrics)
         self.guards.stepped(step)
 
     def flush(self, bad_samples: BadSampleWatch) -> bool:

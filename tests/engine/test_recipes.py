@@ -59,6 +59,7 @@ def test_every_recipe_trains_two_steps(digits: Path, tmp_path: Path) -> None:
         assert (first["applied"], second["applied"]) == (1, 1), name
         assert 0 < second["grad_norm"] < 100, name
         assert 0.1 < second["mae"] < 10, name
+        assert ("ema_decay" in second) == (load_recipe(name).method.name == "lut"), name
         assert json.loads((tmp_path / f"{name}.out").read_text())["step"] == 2, name
 
 

@@ -139,15 +139,19 @@ class Guards:
             if self.spike is not None:
                 return  # what came after it will not have been
         self._judge_steps(records)
+        if self._trainer.teacher is not None:
+            self._judge_teacher(records, teacher)
+        own = Vitals(self._trainer.clock.take() / len(records), data_seconds, memory_in_use(self._trainer.device))
+        self._judge_ranks(exchange(own, self._trainer.device), step_seconds)
+
+    def _judge_teacher(self, records: Sequence[Record], checksum: int | None) -> None:
         self._movement.count(records)
-        if teacher is not None and self._trainer.teacher is not None and (steps := self._movement.stuck(teacher)):
+        if checksum is not None and (steps := self._movement.stuck(checksum)):
             self._tell(
                 "teacher",
                 f"the teacher's weights have not changed in {steps} applied steps, although the EMA decay is below 1",
                 steps=steps,
             )
-        own = Vitals(self._trainer.clock.take() / len(records), data_seconds, memory_in_use(self._trainer.device))
-        self._judge_ranks(exchange(own, self._trainer.device), step_seconds)
 
     def stay(self) -> None:
         """There is no checkpoint to go back to: the spike is a step that was not applied, and no more."""
