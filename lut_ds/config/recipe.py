@@ -9,7 +9,7 @@ from lut_ds.config.learning import Method, Model
 from lut_ds.config.running import Guard, Run
 from lut_ds.config.section import Section
 from lut_ds.config.training import AdamW, Batches, Optim, Precision, Train
-from lut_ds.method.degradations import in_a_file, make_degradation
+from lut_ds.method.degradations import make_degradation, own_file
 from lut_ds.method.masking import keep_count
 
 
@@ -56,7 +56,7 @@ class Recipe(Section):
         views, patches = self.method.views, self.model.patches
         keep = keep_count(patches, self.method.mask_ratio)
         # A recipe may come out of a checkpoint, whose reading runs nothing: `load_recipe` checks a degradation in a file.
-        if not in_a_file(self.method.degradation):
+        if own_file(self.method.degradation) is None:
             self.check_views()
         if keep == patches and self.method.degradation == "none":
             raise ValueError(

@@ -24,7 +24,7 @@ _PLUGIN = re.compile(
 )
 _MEMBERS = ("__len__", "read", "label", "name", "classes")
 
-__all__ = ["ImageFolder", "Source", "Split", "TarShards", "index_source", "open_source"]
+__all__ = ["ImageFolder", "Source", "Split", "TarShards", "index_source", "open_source", "own_file"]
 
 
 class Source(Protocol):
@@ -132,6 +132,12 @@ def _suffix(text: str) -> str:
     """The suffix that decides, of a file or a pattern; empty for anything else."""
     suffix = os.path.splitext(text)[1]
     return suffix if suffix in (".tar", ".lut", *SUFFIXES) else ""
+
+
+def own_file(path: str) -> str | None:
+    """The file in a `data.path` that is `file.py:factory`, which `open_source` runs; None for another one."""
+    plugin = _PLUGIN.fullmatch(path)
+    return plugin["module"] if plugin is not None and plugin["module"].endswith(".py") else None
 
 
 def _factory(plugin: re.Match[str], text: str) -> Callable[[str, Split], Any]:

@@ -4,7 +4,6 @@ What would make a run wrong is refused and names the host: other versions, code,
 it slow or fragile is a warning: a slow link, another device, a clock that is off, little shared memory.
 """
 
-import hashlib
 import json
 import os
 import platform
@@ -12,7 +11,6 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ import torch.distributed as dist
 
 from lut_ds.config import RunRecipe
 from lut_ds.data.sources import Source
+from lut_ds.engine.codedigest import own_digests, package_digest
 from lut_ds.engine.launch import Ranks, discover_ranks, process_group
 from lut_ds.engine.runfolder import git_state, package_versions
 from lut_ds.errors import RunFault, UserError
@@ -95,8 +94,9 @@ def _facts(ranks: Ranks, recipe: RunRecipe | None, source: Source | None) -> Fac
         "device": torch.cuda.get_device_name(ranks.device) if cuda else "cpu",
         "same": {
             "version": versions,
-            "lut_ds": {"commit": git["commit"] if git else None, "code": code_digest()},
+            "lut_ds": {"commit": git["commit"] if git else None, "code": package_digest()},
             "recipe": {f"{section}.{key}": value for section in values for key, value in values[section].items()},
+            "file": own_digests(values),
         },
         "images": len(source) if source is not None else None,
         "problem": _read_problem(ranks, source) if source is not None and len(source) > 0 else None,
@@ -116,16 +116,6 @@ def _read_problem(ranks: Ranks, source: Source) -> str | None:
         except (OSError, RunFault, UserError) as error:
             problem = str(error)
     return problem
-
-
-def code_digest() -> str:
-    """SHA-256 over the Python files of lut_ds and lut_kernels, 12 hex digits: finds what versions and commits do not."""
-    digest = hashlib.sha256()
-    for package in ("lut_ds", "lut_kernels"):
-        folder = Path(str(resources.files(package)))
-        for path in sorted(folder.rglob("*.py")):
-            digest.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()[:12]
 
 
 def _who(fact: Facts) -> str:

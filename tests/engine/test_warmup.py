@@ -3,10 +3,12 @@
 import json
 import platform
 import sys
+from pathlib import Path
 
 import pytest
 
 from lut_ds.engine import warmup
+from lut_ds.engine.codedigest import own_digests
 from lut_ds.errors import UserError
 from tests.engine.launching import run_ranks
 
@@ -37,6 +39,7 @@ def test_two_equal_ranks_report_their_links_soon() -> None:
     [
         ("version", "cluster: version "),
         ("recipe", "cluster: recipe optim.blr differs: 0.00015 on rank 0"),
+        ("file", "cluster: file own.py:Own differs: "),
         ("images", "data.path: rank 0 ({host}) finds 10 images and rank 1 ({host}) 9"),
         ("unreadable", "data.path: rank 1 ({host}) cannot read: no such file: 0008.jpg"),
     ],
@@ -64,6 +67,19 @@ def test_a_package_that_one_rank_lacks_is_refused() -> None:
     for pair in ([fact(0, "n1"), other], [{**other, "rank": 0}, fact(1, "n1")]):
         with pytest.raises(UserError, match="version torch differs"):
             warmup.refuse_differences(pair)
+
+
+def test_a_source_of_ones_own_is_compared_and_one_that_is_missing_is_told(tmp_path: Path) -> None:
+    own = tmp_path / "own.py"
+    values = {"data": {"path": f"{own}:Zip?images.zip"}, "method": {"degradation": "distorted"}}
+    (missing,) = own_digests(values).items()
+    assert missing == (values["data"]["path"], "No such file or directory")
+    own.write_text("# 1")
+    (found,) = own_digests(values).values()
+    own.write_text("# 2")
+    assert len(found) == 12
+    assert own_digests(values) != {values["data"]["path"]: found}
+    assert own_digests({"data": {"path": str(tmp_path)}, "method": {"degradation": "none"}}) == own_digests({}) == {}
 
 
 def test_what_is_slow_or_fragile_is_a_warning_that_names_the_host() -> None:

@@ -1,8 +1,11 @@
 """A rank that checks its allocation: prints the report as JSON, or the refusal. The arguments say what differs on rank 1."""
 
 import json
+import os
 import sys
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import ClassVar
 
 from lut_ds.config import Recipe
@@ -42,8 +45,11 @@ def main(wrong: Sequence[str]) -> None:
         runfolder.PACKAGES = (*runfolder.PACKAGES[1:], "pytest")
     recipe = Recipe()
     recipe.optim.blr = 9.0 if "recipe" in here else recipe.optim.blr
+    recipe.method.degradation = "own.py:Own"
     source = Images(9 if "images" in here else 10, "unreadable" not in here)
-    with process_group(ranks):
+    with tempfile.TemporaryDirectory() as node, process_group(ranks):
+        os.chdir(node)  # as on a node of its own, whose disk has the user's files
+        Path("own.py").write_text("# changed\n" if "file" in here else "# as the user wrote it\n")
         try:
             print(json.dumps(warmup.check_allocation(ranks, recipe, source)))
         except UserError as error:

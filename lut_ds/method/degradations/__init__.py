@@ -27,7 +27,7 @@ from typing import Any
 
 from lut_ds.method.degradations.base import DEGRADATIONS, Degradation, register
 
-__all__ = ["DEGRADATIONS", "Degradation", "in_a_file", "make_degradation", "register"]
+__all__ = ["DEGRADATIONS", "Degradation", "make_degradation", "own_file", "register"]
 
 _FILE = re.compile(r"(?P<path>.+\.py):(?P<name>[A-Za-z_]\w*)", re.DOTALL)
 
@@ -46,7 +46,7 @@ def make_degradation(name: str, parameters: Mapping[str, Any] | None = None) -> 
         if parameters:
             raise ValueError(f"none takes no parameters, found {', '.join(parameters)}")
         return None
-    made = _from_file(name) if in_a_file(name) else _shipped(name)
+    made = _from_file(name) if own_file(name) is not None else _shipped(name)
     known = {field.name: type(field.default) for field in fields(made)}
     for key, value in parameters.items():
         if key not in known:
@@ -56,24 +56,25 @@ def make_degradation(name: str, parameters: Mapping[str, Any] | None = None) -> 
     return made(**parameters)
 
 
-def in_a_file(name: str) -> bool:
-    """Whether the name is `FILE.py:CLASS`: then `make_degradation` runs that file."""
-    return _FILE.fullmatch(name) is not None
+def own_file(name: str) -> str | None:
+    """Absolute path of the file in a name that is `FILE.py:CLASS`, which `make_degradation` runs; None for another name."""
+    named = _FILE.fullmatch(name)
+    return os.path.abspath(os.path.expanduser(named["path"])) if named is not None else None
 
 
 def _shipped(name: str) -> type[Degradation]:
     if name not in DEGRADATIONS:
-        close = difflib.get_close_matches(name, DEGRADATIONS, n=1, cutoff=0.5)
+        close = [] if name.endswith(".py") else difflib.get_close_matches(name, DEGRADATIONS, n=1, cutoff=0.5)
         expected = f"none, {', '.join(sorted(DEGRADATIONS))}, or FILE.py:CLASS"
         raise ValueError(f"no degradation {name}; {f'did you mean {close[0]}?' if close else f'expected {expected}'}")
     return DEGRADATIONS[name]
 
 
 def _from_file(name: str) -> type[Degradation]:
-    named = _FILE.fullmatch(name)
-    assert named is not None
+    path = own_file(name)
+    assert path is not None
     try:
-        found = getattr(_loaded(os.path.abspath(os.path.expanduser(named["path"]))), named["name"])
+        found = getattr(_loaded(path), name.rpartition(":")[2])
     except (ImportError, SyntaxError, AttributeError, NameError, TypeError, ValueError, OSError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(
