@@ -28,8 +28,8 @@ class Blurred(Degradation):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.spread < 0:
-            raise ValueError(f"spread: expected at least 0, found {self.spread}")
+        if not 0 <= self.spread <= 1:
+            raise ValueError(f"spread: expected at least 0 and at most 1, found {self.spread}")
 
     def degrade(self, view: Tensor, draws: Tensor, side: int) -> Tensor:
         """The view through kernels of normal weights, by the inverse of their distribution at the draws."""

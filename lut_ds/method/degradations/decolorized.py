@@ -22,8 +22,8 @@ class Decolorized(Degradation):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.weight <= 0:
-            raise ValueError(f"weight: expected more than 0, found {self.weight}")
+        if not 0 < self.weight <= 10:
+            raise ValueError(f"weight: expected more than 0 and at most 10, found {self.weight}")
 
     def degrade(self, view: Tensor, draws: Tensor, side: int) -> Tensor:
         """The mixture by `weight` times the draws, three times."""

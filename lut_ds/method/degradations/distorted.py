@@ -16,7 +16,8 @@ class Distorted(Degradation):
     """The encoder sees the view through a fish-eye; the target is the undistorted view, at all patches.
 
     Each image has its centre (x, y) ~ U(-1, 1)^2 and its magnitude ~ U(magnitude_low, magnitude_high). What lies outside the
-    image is 0 after normalisation, the mean colour.
+    image is 0 after normalisation, the mean colour. With a magnitude a the image folds back beyond 1 / 2a from the centre (half
+    sides): at 1 most of what is seen is fold or outside.
     """
 
     magnitude_low: float = 0.15
@@ -25,9 +26,9 @@ class Distorted(Degradation):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.magnitude_low <= self.magnitude_high:
+        if not 0 <= self.magnitude_low <= self.magnitude_high <= 1:
             raise ValueError(
-                f"magnitude_low, magnitude_high: expected 0 <= low <= high, found {self.magnitude_low}, {self.magnitude_high}"
+                f"magnitude_low, magnitude_high: expected 0 <= low <= high <= 1, found {self.magnitude_low}, {self.magnitude_high}"
             )
 
     def degrade(self, view: Tensor, draws: Tensor, side: int) -> Tensor:
