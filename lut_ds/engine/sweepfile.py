@@ -14,6 +14,7 @@ pixels: true                     # raw pixels too, with knn and probe; default: 
 import itertools
 import json
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -94,7 +95,7 @@ def read_sweep(path: Path, out: Path, overrides: Sequence[str] = ()) -> SweepFil
             folder = out / "runs" / name / f"seed_{seed}"
             words = [*_words({**common, **changes}), *overrides, f"run.seed={seed}", f"run.dir={folder}"]
             try:
-                entries.append(Entry(name, seed, load_recipe(recipe, words), (recipe, *words)))
+                entries.append(_entry(name, seed, recipe, words))
             except UserError as error:
                 raise UserError(f"sweep {path}: runs.{name}: {error}") from None
     evaluate = tuple(_list(tree.get("evaluate", ["knn", "probe"]), f"sweep {path}: evaluate"))
@@ -105,6 +106,19 @@ def read_sweep(path: Path, out: Path, overrides: Sequence[str] = ()) -> SweepFil
     if not isinstance(pixels, bool):
         raise UserError(f"sweep {path}: pixels: expected true or false, found {pixels!r}")
     return SweepFile(path, tuple(entries), evaluate, pixels)
+
+
+def _entry(name: str, seed: int, recipe: str, words: Sequence[str]) -> Entry:
+    """A run, which names its images absolutely: the sweep may go on in another folder."""
+    found = load_recipe(recipe, words)
+    path = found.data.path
+    if (
+        path is None or os.path.isabs(path) or not os.path.lexists(path)
+    ):  # not there: shards by pattern, a module, a mistake
+        return Entry(name, seed, found, (recipe, *words))
+    path = os.path.abspath(path)
+    found = found.model_copy(update={"data": found.data.model_copy(update={"path": path})})
+    return Entry(name, seed, found, (recipe, *words, f"data.path={json.dumps(path)}"))
 
 
 def _recipe(value: Any, path: Path) -> str:

@@ -1,5 +1,6 @@
 """What the folder of a sweep holds already: which runs are trained, and whether they are still what the file says."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -52,14 +53,14 @@ def check_entry(entry: Entry) -> None:
         )
 
 
-def check_images(entry: Entry, here: dict[str, Any] | None = None) -> bool:
+def check_images(entry: Entry, here: dict[str, Any] | None = None) -> str | None:
     """Refuse a run that has begun on other training images than those of its recipe; the same elsewhere are the same.
 
     Args:
         here: `identity` of the recipe's training images, if it is known.
 
     Returns:
-        False where it cannot be told: the images that it began on are not there any more.
+        The path that it began on, if nothing is there any more: then it cannot be told. None if the images are the same.
 
     Raises:
         UserError: they differ.
@@ -67,14 +68,14 @@ def check_images(entry: Entry, here: dict[str, Any] | None = None) -> bool:
     """
     stored = stored_recipe(entry.folder) or {}
     began_on, path = (stored.get("data") or {}).get("path"), entry.recipe.data.path
-    if began_on is None or path is None or began_on == path:
-        return True
+    if began_on is None or path is None or os.path.abspath(began_on) == os.path.abspath(path):
+        return None
     try:
         there = identity(open_source(began_on))
     except UserError:
-        return False
+        return str(began_on)
     check_identity(entry, f"its train set ({began_on})", there, here or identity(open_source(path)))
-    return True
+    return None
 
 
 def check_identity(entry: Entry, origin: str, there: dict[str, Any], here: dict[str, Any]) -> None:

@@ -36,15 +36,21 @@ def check_sweep(sweep: SweepFile, say: Callable[[str], None]) -> dict[str, Data]
         RunFault: an image that cannot be read.
     """
     data: dict[str, Data] = {}
+    gone: dict[tuple[str, str | None], list[str]] = {}  # runs, by the path that they began on and that of now
     for entry in sweep.entries:
         try:
             found = _data(entry, data)
             check_entry(entry)
             if not trained(entry):
                 _check_trainable(entry, found["train"]["images"])
-            _check_data(entry, found, say)
+            began_on = _check_data(entry, found)
         except UserError as error:
             raise UserError(f"sweep {sweep.path}: runs.{entry.name}: {error}") from None
+        if began_on is not None:
+            gone.setdefault((began_on, entry.recipe.data.path), []).append(entry.title)
+    for (began_on, path), titles in gone.items():
+        who = titles[0] if len(titles) == 1 else f"{len(titles)} runs"
+        say(f"{who}: began on {began_on}, where there are no images now; taken to be those of {path}")
     return data
 
 
@@ -70,13 +76,15 @@ def _check_trainable(entry: Entry, images: int) -> None:
     check_batch_norm(recipe, micro_batch)
 
 
-def _check_data(entry: Entry, here: Data, say: Callable[[str], None]) -> None:
-    """Refuse a run of other images: one that was evaluated says of which, one that has begun on which path."""
+def _check_data(entry: Entry, here: Data) -> str | None:
+    """Refuse a run of other images: one that was evaluated says of which, one that has begun on which path.
+
+    Returns:
+        That path, where it cannot be told any more.
+    """
     there = (stored_record(entry) or {}).get("data")
-    if isinstance(there, dict) and there.keys() == here.keys():
-        for split in here:
-            check_identity(entry, f"its {split} set", there[split], here[split])
-    elif not check_images(entry, here["train"]):
-        say(
-            f"{entry.title}: began on images that are not there any more; taken to be those of {entry.recipe.data.path}"
-        )
+    if not isinstance(there, dict) or there.keys() != here.keys():
+        return check_images(entry, here["train"])
+    for split in here:
+        check_identity(entry, f"its {split} set", there[split], here[split])
+    return None

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from lut_ds.config import load_recipe
 from lut_ds.engine.sweepfile import Entry, read_sweep
 from lut_ds.engine.sweepstate import check_entry, check_images
 from lut_ds.errors import UserError
@@ -50,7 +51,7 @@ def test_a_run_keeps_its_images(tmp_path: Path) -> None:
     write_folder(larger, 8)
     begin(entry(tmp_path, f"data.path={data}"))
     for same in (data, copy):
-        assert check_images(entry(tmp_path, f"data.path={same}"))
+        assert check_images(entry(tmp_path, f"data.path={same}")) is None
     for path, counts in (
         (other, "6 in 2 classes, that of .*/other has 6 others in 2"),
         (larger, "6 .* has 8 others in 2"),
@@ -58,4 +59,19 @@ def test_a_run_keeps_its_images(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=f"on other images: its train set .*/data. has {counts}; name the same"):
             check_images(entry(tmp_path, f"data.path={path}"))
     shutil.rmtree(data)
-    assert not check_images(entry(tmp_path, f"data.path={other}"))  # moved, or other ones: nobody can tell
+    assert check_images(entry(tmp_path, f"data.path={other}")) == str(data)  # moved, or other ones: nobody can tell
+
+
+def test_a_run_keeps_its_images_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a relative path meant where the sweep began is known where it goes on."""
+    for folder, height in (("one", 40), ("two", 44)):
+        write_folder(tmp_path / folder / "data", 6, height=height)
+    monkeypatch.chdir(tmp_path / "one")
+    begun = entry(tmp_path, "data.path=data")
+    assert begun.recipe.data.path == str(tmp_path / "one" / "data")
+    assert load_recipe(begun.words[0], begun.words[1:]) == begun.recipe
+    begin(begun)
+    monkeypatch.chdir(tmp_path / "two")
+    with pytest.raises(UserError, match=r"on other images: its train set .*/one/data. has 6 in 2"):
+        check_images(entry(tmp_path, "data.path=data"))
+    assert check_images(entry(tmp_path, "data.path=../one/data")) is None
