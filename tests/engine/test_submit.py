@@ -216,7 +216,7 @@ def test_a_sweep_leaves_out_what_is_trained(recipe: str, tmp_path: Path) -> None
     train("a", 12, 4.0)
     with pytest.raises(UserError, match=r"expected a run that is not trained yet .* found none of 2; make the table"):
         text()
-    file.write_text(file.read_text().replace("7", "6"))
+    file.write_text(file.read_text().replace("max_steps: 7", "max_steps: 6"))
     with pytest.raises(UserError, match=r"runs\.b: .* holds a run of 7 steps: expected at most train\.max_steps 6"):
         text()
 
