@@ -32,10 +32,8 @@ def _copy(index: SampleIndex, path: Path, keep: NDArray[np.bool_]) -> None:
     with IndexWriter(path, index.kind, index.root.absolute()) as writer:
         for k in range(index.shard_count):
             shard = index.shard(k)
-            whole = (
-                (shard.size, shard.mtime_ns) if index.kind == "tar" else (-1, -1)
-            )  # a folder holds more than is kept
-            writer.add_shard(index.shard_name(k), *whole)
+            # Reading a shard compares its bytes; with no time of change the index is known as a selection.
+            writer.add_shard(index.shard_name(k), shard.size if index.kind == "tar" else -1)
         for i in np.flatnonzero(keep).tolist():
             offset, size, label, shard_number = index.place(i)
             writer.append(index.name(i), shard_number, size, label, offset)

@@ -51,7 +51,7 @@ class Shard:
 
     name: str  # relative to the root of the index
     size: int  # bytes of a tar shard, image files of a folder; -1 unknown
-    mtime_ns: int  # -1 unknown
+    mtime_ns: int  # -1 unknown: of a selection
 
 
 def fault(path: Path, expected: str, found: str) -> UserError:
@@ -144,6 +144,11 @@ class SampleIndex:
     def shard_count(self) -> int:
         """Number of shards, or of folders."""
         return len(self._shards)
+
+    @property
+    def selection(self) -> bool:
+        """Whether its shards or folders may hold more than it has: it is of a list, or of what a verification left."""
+        return bool((self._shards["mtime_ns"] < 0).any())
 
     def shard(self, k: int) -> Shard:
         """Shard `k`; IndexError beyond the last."""

@@ -60,8 +60,8 @@ def _check_files(found: SampleIndex) -> list[str]:
     source = IndexedFiles(found)
     listed = {source.path(i) for i in range(len(source))}
     problems = [f"{os.fsdecode(path)}: no such file" for path in sorted(listed) if not os.path.lexists(path)]
-    if any(found.shard(k).size < 0 for k in range(found.shard_count)):
-        return problems  # of a list, or of what a verification left: a selection
+    if found.selection:
+        return problems
     try:
         folder = ImageFolder(found.root, None)
     except UserError as error:

@@ -110,9 +110,8 @@ def build(
 def check_index(path: str | os.PathLike[str], *, workers: int = 1, progress: Progress | None = None) -> list[str]:
     """Compare an index of shards with all their tar headers and labels; what does not agree, one line each.
 
-    Also looked at: the checksum of the index, shards missing from the folder or, for the index.lut of the
-    folder, from the index. UserError when the file is no
-    index of shards.
+    Also looked at: the checksum of the index, shards missing from the folder or, for the index.lut of the folder, from the
+    index. Samples that the index of a selection leaves out are no difference. UserError when the file is no index of shards.
     """
     index = SampleIndex.open(path)
     if index.kind != "tar":
@@ -143,6 +142,8 @@ def _differences(index: SampleIndex, k: int, found: ShardScan, start: int, stop:
     for name, offset, size, label in zip(found.names, found.offsets, found.sizes, found.labels):
         row = rows.pop(offset, None)
         where = f"{path}: byte {offset}: {os.fsdecode(name)}"
+        if row is None and index.selection:
+            continue
         if row is None or row.name != os.fsdecode(name) or row.size != size:
             yield f"{where}, {size} bytes; in the index: {f'{row.name}, {row.size} bytes' if row else 'nothing there'}"
         elif not _same_label(index, row.label, label):

@@ -16,6 +16,7 @@ from lut_ds.config import load_recipe
 from lut_ds.data.clean import write_subset
 from lut_ds.data.indexing import check, index
 from lut_ds.data.pack import Options, pack
+from lut_ds.data.shard_index import write_index
 from lut_ds.data.sources import ImageFolder, open_source
 from lut_ds.data.verify import verify
 from lut_ds.errors import UserError
@@ -159,6 +160,22 @@ def test_the_index_of_a_selection_is_checked_for_what_it_has(tmp_path: Path) -> 
         write_tar(tmp_path / name, [("0.jpg", b"data")])
     index(str(tmp_path / "train-*.tar"), tmp_path / "train.lut", "train", 1)
     assert check(str(tmp_path / "train.lut"), "train", 1)[0] == []
+
+
+def test_the_index_of_a_selection_of_shards_is_checked_for_what_it_has(tmp_path: Path) -> None:
+    """A verification quarantines one sample of three: the clean index leaves it out, and is right."""
+    good = encode(photo(40, 40))
+    members = [("0.jpg", good), ("1.jpg", good[:300]), ("2.jpg", encode(photo(48, 40)))]
+    (tmp_path / "a").mkdir()
+    write_tar(tmp_path / "a" / "0.tar", members)
+    write_index(tmp_path / "a")
+    assert verify(str(tmp_path / "a"), tmp_path / "out", workers=1)["quarantined"] == 1
+    clean = str(tmp_path / "out" / "clean")
+    assert check(clean, "train", 1) == ([], f"{clean}/index.lut: 2 samples, as the data have them")
+    write_tar(tmp_path / "a" / "0.tar", [*members[:2], ("2.jpg", good)])
+    (problem,) = check(clean, "train", 1)[0]
+    assert problem.startswith(f"{tmp_path}/a/0.tar: byte ")
+    assert ": 2.jpg, " in problem
 
 
 def test_names_that_are_not_unicode_are_printed_as_they_are(tmp_path: Path) -> None:
