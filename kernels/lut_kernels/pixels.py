@@ -130,5 +130,10 @@ def normalised_rows(
     if pixels.dtype == torch.uint8:
         rows = rows.float()  # a fresh tensor, so that the map can run in place
         # whole rows of factors: broadcasting over a last dimension of 3 is seven times slower on a CPU
-        rows.mul_(rows.new_tensor(scale).repeat(patch_size**2)).add_(rows.new_tensor(shift).repeat(patch_size**2))
+        rows.mul_(_line(scale, rows).repeat(patch_size**2)).add_(_line(shift, rows).repeat(patch_size**2))
     return rows
+
+
+def _line(values: list[float], like: torch.Tensor) -> torch.Tensor:
+    """The values as a tensor, filled in where `like` is: for a copy to a GPU the host would wait."""
+    return torch.cat([like.new_full((1,), value) for value in values])

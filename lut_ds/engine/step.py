@@ -18,7 +18,7 @@ from lut_ds.engine.guards.spike import LossWindow
 from lut_ds.engine.guards.vitals import LocalClock
 from lut_ds.engine.launch import Ranks
 from lut_ds.engine.optim import GuardedAdamW, parameter_groups
-from lut_ds.engine.reductions import keep_host_running
+from lut_ds.engine.reductions import gradient_norm, keep_host_running
 from lut_ds.engine.shards import MasterShards
 from lut_ds.errors import UserError
 from lut_ds.method.heads import HeadBatchNorm
@@ -215,15 +215,12 @@ class Trainer:
         return torch.as_tensor(found if found is not None else float("nan"), dtype=torch.float32, device=self.device)
 
     def _watch_norm(self) -> None:
-        """Let the global gradient norm that ZeRO 1/2 computes before its update also hold the update back."""
+        """Let the global gradient norm that ZeRO 1/2 asks for before its update also hold the update back."""
         optimizer = self.engine.optimizer
-        compute_norm = optimizer.scaled_global_norm
 
-        def watched(*args: Any, **kwargs: Any) -> Tensor:
-            norm = compute_norm(*args, **kwargs)
-            # DeepSpeed reports a non-finite norm as -1.
-            bad = (~torch.isfinite(norm)) | (norm < 0)
-            self._blocked = torch.maximum(self._blocked, bad.float().to(self.device))
+        def watched() -> Tensor:
+            norm = gradient_norm(optimizer)
+            self._blocked = torch.maximum(self._blocked, norm.isinf().float())
             self.shards.client.found_inf = self._blocked
             return norm
 

@@ -11,6 +11,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 from torch._dynamo.utils import counters
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lut_ds.config import load_recipe, parse_recipe
@@ -47,6 +48,15 @@ class NoWaiting(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.name() in WAITS or (func.name().startswith("aten::index.Tensor") and _by_mask(args)):
             raise AssertionError(f"the host would wait: {func.name()}")
+        return func(*args, **(kwargs or {}))
+
+
+class NoConstants(TorchFunctionMode):
+    """Inside, a tensor made of numbers is an error: on a GPU the host waits until they are copied to the device."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.tensor, torch.as_tensor, Tensor.new_tensor) and not isinstance(args[-1], Tensor):
+            raise AssertionError(f"the host would wait: {func.__name__}")
         return func(*args, **(kwargs or {}))
 
 
@@ -89,7 +99,7 @@ def test_no_operator_of_a_step_waits_for_the_device(
     trainer.update(inputs[0], 1e-3, 0.9)  # the first step makes the optimizer's state
     for name in ("cpu", "numpy", "tolist"):
         monkeypatch.setattr(Tensor, name, lambda *_, name=name: pytest.fail(f"the host would wait: {name}()"))
-    with NoWaiting():
+    with NoWaiting(), NoConstants():
         results = [trainer.update(step, 1e-3, 0.9) for step in inputs[1:]]
     monkeypatch.undo()
     assert all(torch.isfinite(result[:5]).all() for result in results)
@@ -104,8 +114,11 @@ def test_the_check_finds_what_waits() -> None:
         lambda: x.nonzero(),
         lambda: x[x > 0.5],
         lambda: float(x[1]),
+        lambda: torch.tensor(1.0, device=x.device),
+        lambda: x.new_tensor([1.0]),
+        lambda: torch.as_tensor([1.0], device=x.device),
     ):
-        with pytest.raises(AssertionError, match="the host would wait"), NoWaiting():
+        with pytest.raises(AssertionError, match="the host would wait"), NoWaiting(), NoConstants():
             wait()
 
 

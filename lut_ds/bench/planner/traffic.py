@@ -63,10 +63,8 @@ def traffic(recipe: Recipe, config: Mapping[str, Any], world_size: int, accumula
         found["batch norm"] = Collective("all_reduce", payload, exchanges * len(count.batch_norms), "forward")
     metrics = 4 if count.teacher else 3
     votes = 2
-    norms = {0: 0, 1: 4 * len(count.groups), 2: 4 * len(count.groups), 3: 8 * len(count.groups)}[stage]
-    found["guards"] = Collective(
-        "all_reduce", 4 * (metrics + votes) + norms, 1 + (len(count.groups) if stage else 0), "step"
-    )
+    norms, each = {0: (0, 0), 1: (1, 4), 2: (1, 4), 3: (len(count.groups), 8)}[stage]
+    found["guards"] = Collective("all_reduce", 4 * (metrics + votes) + norms * each, 1 + norms, "step")
     return found
 
 
