@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 import resource
 import sys
 import time
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lut_kernels import kernels_mode
 from torch import Tensor
 
 from lut_ds.bench.breakdown import Breakdown
@@ -40,7 +40,7 @@ class Task:
         recipe: the recipe as JSON values; train.global_batch images a step over all ranks.
         steps, warmup: steps that count, and steps before them.
         threads: of torch on a CPU; 0 leaves its default.
-        kernels: LUT_KERNELS of ours.
+        kernels: the side of each operator that ours is forced to, as LUT_KERNELS; None leaves it to that variable.
         files: the images are those of data.path, through the loader of a run, and not noise that is ready.
         breakdown: also time the parts of ours, in steps of their own.
         trace: file for a torch profiler trace of two steps of ours, opened in a browser at ui.perfetto.dev.
@@ -53,7 +53,7 @@ class Task:
     steps: int
     warmup: int
     threads: int = 0
-    kernels: str = "auto"
+    kernels: str | None = None
     files: bool = False
     breakdown: bool = False
     trace: str | None = None
@@ -102,14 +102,15 @@ def measure(task: Task) -> Figures:
         step; where a breakdown was asked for `ms_<part>` of steps of their own, which add up to `ms_whole`, and
         `ms_communication` (beside and inside the others).
     """
-    os.environ["LUT_KERNELS"] = task.kernels
     if task.threads:
         torch.set_num_threads(task.threads)
     recipe = parse_recipe(task.recipe, "benchmark")
-    ranks = discover_ranks()
-    if ranks.device.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = recipe.precision.compute == "bf16"
     with ExitStack() as group:
+        if task.kernels is not None:
+            group.enter_context(kernels_mode(task.kernels))
+        ranks = discover_ranks()
+        if ranks.device.type == "cuda":
+            torch.backends.cuda.matmul.allow_tf32 = recipe.precision.compute == "bf16"
         if task.side == "ours":
             group.enter_context(process_group(ranks))
             return _measure_ours(task, recipe, ranks, group)

@@ -7,11 +7,13 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lut_kernels.dispatch import current_mode
 
 from lut_ds.bench.breakdown import Breakdown
 from lut_ds.bench.ceiling import add_utilisation, peak_flops
@@ -19,7 +21,7 @@ from lut_ds.bench.expert import Expert
 from lut_ds.bench.peers import check_checkout
 from lut_ds.bench.profiling import covered
 from lut_ds.bench.step import Options, bench_step, make_tasks, run_task, step_recipe
-from lut_ds.bench.step_run import normalised, synthetic_batches
+from lut_ds.bench.step_run import measure, normalised, synthetic_batches
 from lut_ds.config import Recipe, load_recipe
 from lut_ds.engine.build import build_student, flops_shape
 from lut_ds.engine.launch import Ranks, discover_ranks, process_group
@@ -180,6 +182,15 @@ def test_tasks_follow_the_options(tiny: Recipe) -> None:
     assert {task.side for task in tasks.values() if task.breakdown} == {"ours"}
     assert all(task.breakdown for task in tasks.values() if task.side == "ours")  # every variant too
     assert "half micro-batch" in make_tasks(tiny, Options(batch=7, variants=True), "cpu")[1]
+
+
+def test_kernels_are_forced_while_a_side_runs(tiny: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks, _ = make_tasks(tiny, Options(batch=8, variants=True, expert=True), "cpu")
+    found = []
+    monkeypatch.setattr("lut_ds.bench.step_run._measure_expert", lambda *_: found.append(current_mode()) or {})
+    for name in ("library kernels", "ours"):
+        measure(replace(tasks[name], side="expert"))
+    assert found == ["torch", current_mode()]
 
 
 def test_refuses_what_it_cannot_measure(tmp_path: Path, tiny: Recipe) -> None:
