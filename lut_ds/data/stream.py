@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from lut_ds.data.lent import OwnCopies
 from lut_ds.data.patience import PatientReader
 from lut_ds.data.pipeline import build_pipeline, pipeline_inputs
 from lut_ds.data.quarantine import BadSample
@@ -90,6 +91,7 @@ class ViewStream:
             gpu_decoder=gpu_decoder,
             parallel_map=self._workers.map if threads > 1 else map,
         )
+        self._copies = OwnCopies() if device_id is not None else None
         self._reader = PatientReader(source, retry_seconds)
         self._filler = SlotFiller(source, self._reader, successors, device_id)
         self._readers = ThreadPoolExecutor(min(32, 4 * threads), thread_name_prefix="lut-ds-read")
@@ -127,6 +129,8 @@ class ViewStream:
         self._readers.shutdown(wait=True, cancel_futures=True)
         for queue in (self._reading, self._repaired, self._flying, self._landed):
             queue.clear()
+        if self._copies is not None:
+            self._copies.close()
         self._pipe = None  # waits for the batch it is working on, which needs the workers
         self._workers.shutdown()
 
@@ -185,7 +189,7 @@ class ViewStream:
         outputs = self._pipe.share_outputs()
         views = [torch.from_dlpack(output.as_tensor()) for output in outputs]
         self._pipe.release_outputs()
-        return views
+        return views if self._copies is None else self._copies.take(views)
 
     def _repair(self, flight: _Flight, error: RuntimeError) -> None:
         """Replace what does not decode in a batch that failed, and have it run again; once more too if all of it decodes."""

@@ -45,7 +45,8 @@ class Activations:
         kept: saved in the forward pass, there when the backward pass begins.
         backward: gradients and, with checkpointing, one recomputed block, beside `kept`.
         teacher: its forward pass, which is over when the student's begins.
-        inputs: uint8 views, those of the micro-batches that are prepared ahead included, and mask noise.
+        inputs: uint8 views, those of the micro-batches that are prepared ahead included, and mask noise; on a GPU also the
+            copies of views that it computes from.
     """
 
     kept: float
@@ -84,7 +85,7 @@ def activations(recipe: Recipe, images: int, world_size: int, device: str = "cud
     if recipe.train.activation_checkpointing:
         backward += max(blocks.values())
     pixels = method.views * recipe.view_side**2 * 3
-    ahead = 1 + (recipe.data.prefetch or 2)
+    ahead = 1 + (recipe.data.prefetch or 2) + (device == "cuda")
     return Activations(
         images * kept, images * backward, images * _teacher(recipe), images * ahead * (pixels + 4 * m.patches)
     )

@@ -7,16 +7,18 @@ import sys
 import textwrap
 import threading
 import time
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from lut_ds.data.lent import OwnCopies
 from lut_ds.data.loader import Batch, EvalLoader, PretrainLoader
 from lut_ds.data.order import BlockOrder
 from lut_ds.data.sources import ImageFolder
@@ -164,6 +166,63 @@ def test_mae_view(photos: Path) -> None:
     ) as one:
         (batch,) = one.batches(0, 1)
     assert [view.shape for view in batch.views] == [(8, 16, 16, 3)]
+
+
+class Event:
+    """Stands for a CUDA event: happens when a test says so, or when it is waited for."""
+
+    made: ClassVar[list["Event"]] = []
+
+    def __init__(self) -> None:
+        self.happened = False
+        self.made.append(self)
+
+    def record(self, stream: None) -> None:
+        assert not self.happened
+
+    def query(self) -> bool:
+        return self.happened
+
+    def synchronize(self) -> None:
+        self.happened = True
+
+
+def test_lent_memory_is_kept_until_it_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Event, "made", [])
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    copies, kept = OwnCopies(), []
+    for number in range(4):
+        lent = [torch.full((2,), number), torch.full((3,), -number)]
+        kept.append(weakref.ref(lent[0]))
+        own = copies.take(lent)
+        assert all(torch.equal(a, b) for a, b in zip(own, lent))
+        assert {t.data_ptr() for t in own}.isdisjoint(t.data_ptr() for t in lent)
+        del lent
+        if number == 1:
+            assert all(reference() is not None for reference in kept)
+            Event.made[0].happened = True
+    assert [reference() is None for reference in kept] == [True, False, False, False]
+    copies.close()
+    assert all(event.happened for event in Event.made)
+    assert all(reference() is None for reference in kept)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_host_that_runs_ahead_of_the_gpu_changes_no_pixel(photos: Path) -> None:
+    sums = {}
+    for ahead in (False, True):
+        found = []
+        with loader(photos, device=torch.device("cuda", 0)) as opened:
+            for batch in opened.batches(0, 3):
+                if ahead:
+                    torch.cuda._sleep(200_000_000)  # about 0.1 s, before the device reads the batch
+                found.append(torch.stack([view.long().sum() for view in batch.views]))
+                if not ahead:
+                    torch.cuda.synchronize()
+                del batch
+        sums[ahead] = torch.stack(found).cpu()
+    assert torch.equal(sums[False], sums[True])
 
 
 def native_threads() -> Counter[str]:
