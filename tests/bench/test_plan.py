@@ -83,6 +83,17 @@ def test_vit_h_on_8_small_a100() -> None:
     assert found["chosen"]["memory_gib"]["total"] <= found["usable_gib"] < 40
 
 
+def test_efficiency_is_against_the_fastest_of_fewer_gpus() -> None:
+    found = planned("mae_vith14", "--gpus", 256, "--gpu", "h100")  # 16 images a GPU: the optimizer of a lone one weighs
+    for rows in found["scaling"].values():
+        each = [row["images_per_s"] / row["gpus"] for row in rows]
+        assert [row["efficiency"] for row in rows] == [a / max(each[: i + 1]) for i, a in enumerate(each)]
+    weak = [row["images_per_s"] / row["gpus"] for row in found["scaling"]["weak"]]
+    assert max(weak) > 1.05 * weak[0]
+    assert not found["weak_scaling_target"]["reached"]
+    assert "a lone GPU" in found["assumptions"]["scaling"]
+
+
 def test_a_lone_image_a_gpu_can_be_planned() -> None:
     found = planned("demo", "--gpus", 64, "--gpu", "h100")
     assert list(found["stages"]) == ["0", "1", "2", "3"]  # fp32

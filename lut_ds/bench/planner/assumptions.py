@@ -45,6 +45,10 @@ def assumptions(
             f"teacher's, {d.KERNELS['other']} beside the blocks; a step waits for the host where its kernels are shorter"
         ),
         "optimizer": f"AdamW and EMA at {d.MEMORY_EFFICIENCY:.0%} of {device.memory_rate / 1e12:g} TB/s, hidden behind nothing",
+        "scaling": (
+            "efficiency is images/s a GPU over the most that any number of GPUs up to it gives: where ZeRO shards the optimizer, "
+            "a lone GPU, which updates all of it, is not the fastest; whether the states fit on fewer is not asked of weak scaling"
+        ),
         "data": (
             f"{images:,} images, an epoch's last incomplete batch dropped; the loader keeps up, saves cost nothing, no restart; "
             "compilation and start-up are not counted"

@@ -14,38 +14,49 @@ def _counts(gpus: int) -> list[int]:
     return sorted({*COUNTS, gpus})
 
 
-def _row(gpus: int, images: int, time: StepTime, alone: float) -> dict[str, Any]:
-    rate = images / time.total
+def _row(gpus: int, images: int, time: StepTime) -> dict[str, Any]:
     return {
         "gpus": gpus,
         "global_batch": images,
         "step_s": time.total,
-        "images_per_s": rate,
-        "efficiency": rate / gpus / alone,
+        "images_per_s": images / time.total,
         "limit": time.binding(images // gpus),
         "exposed_s": time.exposed,
     }
 
 
-def weak_scaling(way: Way, cluster: Cluster, mfu: float) -> list[dict[str, Any]]:
-    """The chosen way on other numbers of GPUs; efficiency is images/s a GPU over those of a lone one.
+def _with_efficiency(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Add images/s a GPU over the most that any number of GPUs up to a row's gives.
 
-    Whether the states of fewer GPUs would fit is not asked: the first row is what the others are compared with.
+    Not over a lone GPU's: that one updates the whole optimizer, of which each of many has a share, and would make two look like
+    more than two.
+    """
+    best = 0.0
+    for row in (row for row in rows if "images_per_s" in row):
+        each = row["images_per_s"] / row["gpus"]
+        best = max(best, each)
+        row["efficiency"] = each / best
+    return rows
+
+
+def weak_scaling(way: Way, cluster: Cluster, mfu: float) -> list[dict[str, Any]]:
+    """The chosen way on other numbers of GPUs.
+
+    Whether the states of fewer GPUs would fit is not asked: the first rows are what the others are compared with.
     """
     rows: list[dict[str, Any]] = []
     share = way.micro_batch * way.accumulation
     for gpus in _counts(cluster.gpus):
         other = replace(cluster, gpus=gpus)
         time = step_time(way.recipe, way.config, other, way.micro_batch, way.accumulation, mfu)
-        alone = rows[0]["images_per_s"] if rows else share / time.total
-        rows.append(_row(gpus, share * gpus, time, alone))
-    return rows
+        rows.append(_row(gpus, share * gpus, time))
+    return _with_efficiency(rows)
 
 
 def strong_scaling(fitter: Fitter) -> list[dict[str, Any]]:
-    """The fastest way for each number of GPUs; efficiency is against the fewest on which the run fits."""
+    """The fastest way for each number of GPUs; `why_not` where there is none."""
     rows: list[dict[str, Any]] = []
-    batch, alone = fitter.recipe.train.global_batch, None
+    batch = fitter.recipe.train.global_batch
     for gpus in _counts(fitter.cluster.gpus):
         if batch % gpus:
             why = "more GPUs than images" if gpus > batch else "does not divide the global batch"
@@ -55,9 +66,8 @@ def strong_scaling(fitter: Fitter) -> list[dict[str, Any]]:
         if way is None:
             rows.append({"gpus": gpus, "why_not": "does not fit"})
             continue
-        alone = alone or batch / way.time.total / gpus
-        rows.append({**_row(gpus, batch, way.time, alone), "overrides": way.words(), "accumulation": way.accumulation})
-    return rows
+        rows.append({**_row(gpus, batch, way.time), "overrides": way.words(), "accumulation": way.accumulation})
+    return _with_efficiency(rows)
 
 
 def weak_target(rows: list[dict[str, Any]]) -> dict[str, Any]:

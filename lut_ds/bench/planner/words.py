@@ -70,7 +70,9 @@ def _traffic(planned: dict[str, Any]) -> list[str]:
 
 def _scaling(planned: dict[str, Any]) -> list[str]:
     strong = {row["gpus"]: row for row in planned["scaling"]["strong"]}
-    lines = [f"{'scaling':>9} {'weak images/s':>14} {'eff.':>6} {'strong images/s':>16} {'eff.':>6}  limit"]
+    lines = [
+        f"{'scaling':>9} {'weak images/s':>14} {'eff.':>6} {'strong images/s':>16} {'eff.':>6}  limit: weak, strong"
+    ]
     for row in planned["scaling"]["weak"]:
         other = strong[row["gpus"]]
         found = (
@@ -78,6 +80,6 @@ def _scaling(planned: dict[str, Any]) -> list[str]:
             if "why_not" in other
             else f"{other['images_per_s']:16,.0f} {other['efficiency']:6.1%}"
         )
-        limit = row["limit"] if "why_not" in other else other["limit"]
+        limit = ", ".join(dict.fromkeys([row["limit"], other.get("limit", row["limit"])]))
         lines.append(f"{row['gpus']:9,} {row['images_per_s']:14,.0f} {row['efficiency']:6.1%} {found}  {limit}")
     return lines
