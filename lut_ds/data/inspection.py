@@ -2,12 +2,14 @@
 
 import hashlib
 import os
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lut_ds.data.decoding import Decoder
 from lut_ds.data.headers import Header, content_name, read_header
+from lut_ds.data.patience import PatientReader
 from lut_ds.data.records import RECORD, Details, State
 from lut_ds.data.sources import Source
 from lut_ds.data.validity import FORMATS, LONGEST, MOST_PIXELS, image_hw, undecodable
@@ -26,13 +28,16 @@ class Inspector:
     Args:
         source: what is examined.
         min_side: pixels; an image whose shorter side is below it is too small.
+        retry_seconds: how long storage that is away is waited for, once anything was read: what it holds is not bad.
+        say: takes a line about that, for people.
     """
 
-    def __init__(self, source: Source, min_side: int = 1) -> None:
+    def __init__(self, source: Source, min_side: int, retry_seconds: float, say: Callable[[str], None]) -> None:
         self._source, self._min_side, self._decode = source, min_side, Decoder()
+        self._reader = PatientReader(source, retry_seconds, suspect=False, say=say)
 
     def __call__(self, samples: NDArray[np.int64]) -> Details:
-        """Examine int64 `samples` [m]."""
+        """Examine int64 `samples` [m]; RunFault when the storage stays away."""
         records, said = np.zeros(len(samples), RECORD), {}
         for record, sample in zip(records, samples.tolist()):
             try:
@@ -57,14 +62,14 @@ class Inspector:
         self._check(data, name, header)
 
     def _read(self, sample: int, name: str) -> bytes:
-        try:
-            return self._source.read(sample)
-        except RunFault as fault:
-            if not isinstance(fault.__cause__, FileNotFoundError):
-                raise _Unusable(State.UNREADABLE, str(fault.__cause__ or fault)) from fault
-            link = os.path.islink(name)
-            found = f"a link to {os.readlink(name)}, which does not exist" if link else "no such file"
-            raise _Unusable(State.MISSING, found) from fault
+        found = self._reader.read(sample)
+        if not isinstance(found, RunFault):
+            return found
+        if not isinstance(found.__cause__, FileNotFoundError):
+            raise _Unusable(State.UNREADABLE, str(found.__cause__ or found)) from found
+        link = os.path.islink(name)
+        what = f"a link to {os.readlink(name)}, which does not exist" if link else "no such file"
+        raise _Unusable(State.MISSING, what) from found
 
     def _check(self, data: bytes, name: str, header: Header | None) -> None:
         """Raise _Unusable for what training would not use, decoding included."""

@@ -69,9 +69,10 @@ class Journal:
         return said
 
     def close(self) -> None:
-        """Give the journal up; it can be taken up again."""
-        self._said.close()
-        os.close(self._lock)
+        """Give the journal up; it can be taken up again. May be called again."""
+        if not self._said.closed:
+            self._said.close()
+            os.close(self._lock)
 
     def remove(self) -> None:
         """Close and delete the journal."""

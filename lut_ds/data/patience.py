@@ -4,6 +4,7 @@ import errno
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 from lut_ds.data.sources import Source
 from lut_ds.errors import RunFault
@@ -21,16 +22,32 @@ _FILE_SECONDS = 5.0  # how long a file is tried again that fails so while others
 _FIRST_DELAY, _LONGEST_DELAY = 0.1, 15.0
 
 
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
 class PatientReader:
     """Reads samples of a source from many threads, outlasting `retry_seconds` in which nothing of it can be read.
 
     Args:
         source: where from.
         retry_seconds: how long to wait for storage that is away, seconds.
+        setting: what a user sets to wait longer, where that can be set.
+        suspect: whether storage of which nothing has been read yet may be away; else a sample that fails then is bad.
+        say: takes a line for people.
     """
 
-    def __init__(self, source: Source, retry_seconds: float) -> None:
+    def __init__(
+        self,
+        source: Source,
+        retry_seconds: float,
+        *,
+        setting: str | None = None,
+        suspect: bool = True,
+        say: Callable[[str], None] = _say,
+    ) -> None:
         self._source, self._retry_seconds = source, retry_seconds
+        self._setting, self._suspect, self._say = setting, suspect, say
         self._last_good: int | None = None
         self._closed = threading.Event()
         self._lock = threading.Lock()
@@ -73,6 +90,8 @@ class PatientReader:
     def _others_read(self, i: int) -> bool:
         """Whether the source is there: one of a few other samples can be read."""
         n, good = len(self._source), self._last_good
+        if good is None and not self._suspect:
+            return True
         for other in dict.fromkeys([i if good is None else good, 0, n // 3, n // 2, n - 1]):
             if other == i:
                 continue
@@ -86,14 +105,14 @@ class PatientReader:
     def _wait_for_storage(self, fault: RunFault, waited: float) -> None:
         """Say once that the storage is away; RunFault when that lasted too long."""
         if waited >= self._retry_seconds:
+            longer = f" ({self._setting} waits longer)" if self._setting else ""
             raise RunFault(
-                f"{fault}; nor could any other file, for {waited:.0f} s: see that the data is mounted, then run again "
-                "(data.retry_seconds waits longer)"
+                f"{fault}; nor could any other file, for {waited:.0f} s: see that the data is mounted, then run again{longer}"
             ) from fault
         with self._lock:
             if self._away_since is None:
                 self._away_since = time.monotonic()
-                _say(
+                self._say(
                     f"{fault}; nor can other files: waiting up to {self._retry_seconds:g} s for the storage to come back"
                 )
 
@@ -102,13 +121,9 @@ class PatientReader:
             return
         with self._lock:
             if self._away_since is not None:
-                _say(f"data: can be read again, after {time.monotonic() - self._away_since:.0f} s")
+                self._say(f"data: can be read again, after {time.monotonic() - self._away_since:.0f} s")
                 self._away_since = None
 
 
 def _is_transient(fault: RunFault) -> bool:
     return isinstance(fault.__cause__, OSError) and fault.__cause__.errno in TRANSIENT
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

@@ -92,7 +92,7 @@ class ViewStream:
             parallel_map=self._workers.map if threads > 1 else map,
         )
         self._copies = OwnCopies() if device_id is not None else None
-        self._reader = PatientReader(source, retry_seconds)
+        self._reader = PatientReader(source, retry_seconds, setting="data.retry_seconds")
         self._filler = SlotFiller(source, self._reader, successors, device_id)
         self._readers = ThreadPoolExecutor(min(32, 4 * threads), thread_name_prefix="lut-ds-read")
         self._reading: deque[tuple[int, Job, list[Future[list[Slot]]]]] = deque()

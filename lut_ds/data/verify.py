@@ -7,6 +7,7 @@ Writes `clean/` (an index of the usable samples: a data.path), `quarantine.jsonl
 import os
 import time
 from collections.abc import Callable
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import numpy as np
 
 from lut_ds.data import journal as journals
 from lut_ds.data.journal import Journal
-from lut_ds.data.outputs import write_lines
+from lut_ds.data.outputs import hold, write_lines
 from lut_ds.data.parts import Part, fingerprint, open_parts, opener, refuse_inside
 from lut_ds.data.progress import progress_bar
 from lut_ds.data.records import Details, State
@@ -26,6 +27,7 @@ from lut_ds.errors import UserError
 
 LOG = "decoder.log"
 INSPECTION = "lut_ds.data.inspection"  # imports torch and DALI, which this process has no use for
+_PATIENCE = 300.0  # seconds in which a worker that does not wait for storage must answer
 _CHUNK = 32  # samples a task: small enough to lose little, large enough that handing out costs nothing
 
 
@@ -36,6 +38,7 @@ def verify(
     workers: int,
     min_side: int = 1,
     drop_duplicates: bool = False,
+    retry_seconds: float = 60.0,
     stopped: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
     """Decode every sample of `path` (both splits of a folder that has train and val) and write the results into `out`.
@@ -47,6 +50,7 @@ def verify(
         workers: processes.
         min_side: pixels; images whose shorter side is below it go to quarantine.
         drop_duplicates: all but the first of byte-identical files go to quarantine.
+        retry_seconds: how long storage that is away is waited for; what it holds is not bad.
         stopped: asked now and then whether to stop.
 
     Returns:
@@ -54,6 +58,7 @@ def verify(
 
     Raises:
         UserError: nothing to verify, or `out` holds something else.
+        RunFault: the storage stays away.
     """
     began = time.monotonic()
     _refuse_foreign(out)
@@ -61,33 +66,40 @@ def verify(
     for part in parts:
         refuse_inside(out, part.folder, part.source)
     count = sum(len(part.source) for part in parts)
-    journal = Journal(out, _identity(path, parts, min_side), count)
-    found_before = count - len(journal.pending())
-    with progress_bar("verify", count, found_before) as bar:
-        for part in parts:
-            listing = opener(path, part, out / journals.LISTINGS[part.split])
-            inspector = partial(open_inspector, listing, min_side, out / LOG)
-            _examine(part, journal, Crew[Details](inspector, workers, preload=[INSPECTION]), bar.update, stopped)
-    left = len(journal.pending())
-    summary = {"path": path, "out": str(out), "samples": count, "complete": not left, "resumed_at": found_before}
-    if left:
-        journal.close()
-        return {**summary, "examined": count - left}
-    summary |= Verdict(path, parts, journal.records, journal.details(), drop_duplicates).write(out)
-    summary["seconds"] = round(time.monotonic() - began, 3)
-    write_lines(out / SUMMARY, [summary], indent=1)
-    journal.remove()
-    return summary
+    with closing(Journal(out, _identity(path, parts, min_side), count)) as journal:
+        found_before = count - len(journal.pending())
+        with progress_bar("verify", count, found_before) as bar:
+            for part in parts:
+                listing = opener(path, part, out / journals.LISTINGS[part.split])
+                inspector = partial(open_inspector, listing, min_side, retry_seconds, out / LOG)
+                crew = Crew[Details](inspector, workers, preload=[INSPECTION], patience=_PATIENCE + retry_seconds)
+                _examine(part, journal, crew, bar.update, stopped)
+        left = len(journal.pending())
+        summary = {"path": path, "out": str(out), "samples": count, "complete": not left, "resumed_at": found_before}
+        if left:
+            return {**summary, "examined": count - left}
+        summary |= Verdict(path, parts, journal.records, journal.details(), drop_duplicates).write(out)
+        summary["seconds"] = round(time.monotonic() - began, 3)
+        write_lines(out / SUMMARY, [summary], indent=1)
+        journal.remove()
+        return summary
 
 
-def open_inspector(open_source: Callable[[], Source], min_side: int, log: Path) -> Work[Details]:
+def open_inspector(open_source: Callable[[], Source], min_side: int, retry_seconds: float, log: Path) -> Work[Details]:
     """An Inspector in a worker process; what decoders write to standard error goes to `log`."""
     from lut_ds.data.inspection import Inspector
 
+    terminal = os.dup(2)
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     os.dup2(file, 2)
     os.close(file)
-    return Inspector(open_source(), min_side)
+    return Inspector(open_source(), min_side, retry_seconds, partial(_say, terminal))
+
+
+def _say(terminal: int, text: str) -> None:
+    """Show a line, for all workers: the first that has one to show holds the log, and so the word."""
+    if hold(2):
+        os.write(terminal, os.fsencode(f"\n{text}\n"))
 
 
 def _refuse_foreign(out: Path) -> None:

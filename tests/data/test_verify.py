@@ -2,6 +2,7 @@
 
 import json
 import os
+import threading
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 from lut_ds.data.sources import open_source
 from lut_ds.data.validity import image_hw
 from lut_ds.data.verify import verify
-from lut_ds.errors import UserError
+from lut_ds.errors import RunFault, UserError
 from tests.data.images import encode, photo, write_folder
 from tests.data.planted import BAD, GOOD, plant
 
@@ -87,6 +88,40 @@ def test_stopped_and_run_again_it_decodes_nothing_twice(tmp_path: Path) -> None:
     assert second["resumed_at"] == first["examined"]
     assert [line["name"] for line in lines(tmp_path / "out" / "quarantine.jsonl")] == [str(broken)]
     assert verify(str(tmp_path / "data"), tmp_path / "out", workers=1)["quarantined"] == 0  # a third run starts anew
+
+
+def test_storage_that_is_away_makes_nothing_bad(tmp_path: Path) -> None:
+    """What comes back in time is waited for; else the verification ends, and goes on when it runs again."""
+    data, away = write_folder(tmp_path / "data", 80, height=32, width=32), tmp_path / "away"
+    (data / "class0" / "0078.jpg").unlink()  # found missing, as it is
+    (data / "class0" / "0078.jpg").symlink_to("nowhere")
+
+    def run(out: Path, retry_seconds: float, come_back: bool) -> dict[str, Any]:
+        timers: list[threading.Timer] = []
+
+        def unmount() -> bool:
+            """Between two chunks, once."""
+            if not timers and any((out / "journal.records").read_bytes()):
+                data.rename(away)
+                timers.append(threading.Timer(0.5, away.rename, [data]))
+                if come_back:
+                    timers[0].start()
+            return False
+
+        found = verify(str(data), out, workers=1, retry_seconds=retry_seconds, stopped=unmount)
+        timers[0].join()
+        return found
+
+    waited = run(tmp_path / "waited", 600, come_back=True)
+    with pytest.raises(
+        RunFault, match=r"nor could any other file, for \d+ s: see that the data is mounted, then run again$"
+    ):
+        run(tmp_path / "out", 0.3, come_back=False)
+    away.rename(data)
+    again = verify(str(data), tmp_path / "out", workers=1)
+    assert again["resumed_at"] > 0
+    for found in (waited, again):
+        assert (found["usable"], found["reasons"]) == (79, {"missing": 1})
 
 
 def test_a_changed_folder_is_started_anew(tmp_path: Path) -> None:
