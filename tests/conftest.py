@@ -57,7 +57,7 @@ LONG = (
     "demo/test_demo.py",
     "bench/test_step_bench.py",
     "engine/test_stopping.py",
-    "engine/test_checkpoint.py",
+    "engine/checkpoint/test_interrupted.py",
     "sweep/test_sweep.py",
     "faults/test_kills.py",
 )
