@@ -4,10 +4,11 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
 from lut_ds.bench.step import Options, make_tasks, run_task, step_recipe
 from lut_ds.bench.step_guard import judge
-from lut_ds.bench.step_run import Task
+from lut_ds.bench.step_run import Task, measure_within
 from lut_ds.bench.step_tune import describe_step_tuning, micro_batches, search, tune_step
 from lut_ds.cli import main
 from lut_ds.errors import UserError
@@ -70,6 +71,30 @@ def test_a_trial_that_does_not_fit_is_a_result() -> None:
     recipe = step_recipe("lut_vits16", None, [*TINY, "method.head_hidden=4096", "model.width=512"], 8)
     task = make_tasks(recipe, Options(batch=8, steps=1, warmup=1, threads=1), "cpu")[0]["ours"]
     assert run_task(replace(task, memory=20 * 2.0**20)) == FULL
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+    ids=("torch", "CUDA", "Triton", "cuBLAS"),
+)
+def test_memory_may_end_in_any_library(error: RuntimeError, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = step_recipe("lut_vits16", None, TINY, 8)
+    task = make_tasks(recipe, Options(batch=8), "cpu")[0]["ours"]
+    raised = iter([error, RuntimeError("CUDA error: an illegal memory access was encountered")])
+
+    def run_out(task: Task) -> None:
+        raise next(raised)
+
+    monkeypatch.setattr("lut_ds.bench.step_run.measure", run_out)
+    assert measure_within(task) == FULL
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        measure_within(task)
 
 
 def test_refuses_what_does_not_go_together(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
