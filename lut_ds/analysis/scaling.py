@@ -4,6 +4,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import StrMethodFormatter
 
 from lut_ds.analysis.figures import Theme, axes_grid, new_figure
 
@@ -38,6 +39,7 @@ def draw_scaling(planned: dict[str, Any], theme: Theme) -> Figure:
 
 def _label(axes: Axes, quantity: str, title: str) -> None:
     axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.set_xlabel("GPUs")
     axes.set_ylabel(quantity)
     axes.set_title(title)
