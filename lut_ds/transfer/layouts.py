@@ -20,7 +20,8 @@ from lut_ds.transfer.load import Kind
 # First parts of timm's names in a plain ViT; anything else in a file belongs to heads, decoders and objectives.
 ENCODER_PARTS = ("cls_token", "pos_embed", "patch_embed", "blocks", "norm", "norm_pre", "fc_norm", "reg_token")
 _MOCO_NAMES = ("vit_small", "vit_base", "vit_conv_small", "vit_conv_base")  # MoCo v3's, for `arch` in its files
-_WRAPPERS = ("module.", "base_encoder.", "momentum_encoder.", "backbone.", "ema.", "encoder.")
+# What distributed training, torch.compile, Lightning and the codes themselves put before names.
+_WRAPPERS = ("module.", "_orig_mod.", "model.", "base_encoder.", "momentum_encoder.", "backbone.", "ema.", "encoder.")
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,8 @@ def read_state_dict(path: Path, kind: Kind | None) -> StateDict:
     """Read a .safetensors file, or a file of torch.save without running anything that is in it.
 
     Known layouts: LUT and MAE (`model`, `model_ema`), MoCo v3 (`state_dict` with base and momentum encoder, or a classifier's),
-    DINO and iBOT (`student`, `teacher`), and an encoder alone, at the top or under `state_dict` or `model`.
+    DINO and iBOT (`student`, `teacher`), timm's training (`state_dict`, `state_dict_ema`), and an encoder alone, at the top or
+    under `state_dict` or `model`.
 
     Args:
         kind: the student (MoCo's base encoder), or the average of it; None takes the average where there is one.
@@ -129,6 +131,10 @@ def read_config(path: Path) -> dict[str, Any]:
     """The config.json of a timm export folder; UserError where it is not one."""
     try:
         config = json.loads(path.read_text())
+        if "segmenter" in config:
+            raise UserError(
+                f"checkpoint: {path.parent}: expected an encoder or a classifier, found a segmenter; name what it started from"
+            )
         if not isinstance(config["architecture"], str):
             raise ValueError("architecture is no text")
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -156,10 +162,17 @@ def _find(
             if isinstance(held["student"], Mapping) and "mask_token" not in held["student"] and kind is None:
                 return "plain", None, held["student"], {}
             layout = "mae"
-        whose, chosen = _pick(held, kind, path)
-        others = {sets[n]: len(each) for n, each in held.items() if n != whose and isinstance(each, Mapping)}
-        return layout, whose, chosen, others
+        return layout, *_held(sets, content, kind, path)
     return "plain", None, content, {}
+
+
+def _held(
+    sets: Mapping[str, str], content: Mapping[Any, Any], kind: Kind | None, path: Path
+) -> tuple[Kind, Mapping[Any, Any], dict[str, int]]:
+    """Whose weights, their state dict, and the tensors of the other one, of a file with an entry for each of `sets`."""
+    held = {name: content.get(entry) for name, entry in sets.items()}
+    whose, chosen = _pick(held, kind, path)
+    return whose, chosen, {sets[n]: len(each) for n, each in held.items() if n != whose and isinstance(each, Mapping)}
 
 
 def _find_moco(
@@ -171,6 +184,8 @@ def _find_moco(
         for name, part in (("student", "base_encoder."), ("ema", "momentum_encoder."))
     }
     if not any(sets.values()):
+        if isinstance(content.get("state_dict_ema"), Mapping):  # timm's own loader takes this one, too
+            return "plain", *_held({"student": "state_dict", "ema": "state_dict_ema"}, content, kind, path)
         return "moco_v3" if content.get("arch") in _MOCO_NAMES else "plain", None, state, {}
     whose, chosen = _pick(sets, kind, path)
     others = Counter(str(name).removeprefix("module.").partition(".")[0] for name in state if name not in chosen)
@@ -181,7 +196,11 @@ def _pick(sets: Mapping[str, Any], kind: Kind | None, path: Path) -> tuple[Kind,
     found = [name for name, state in sets.items() if isinstance(state, Mapping) and state]
     kind = kind or ("ema" if "ema" in found else "student")
     if kind not in found:
-        advice = "take the student's weights (--student)" if "student" in found else "take the average (--ema)"
+        advice = (
+            "take the student's weights (--student, in a recipe model.weights=student)"
+            if "student" in found
+            else "take the average (--ema, in a recipe model.weights=ema)"
+        )
         raise UserError(
             f"checkpoint: {path}: expected weights of kind {kind!r}, found {', '.join(found) or 'none'} alone; {advice}"
         )

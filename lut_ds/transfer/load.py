@@ -82,6 +82,11 @@ def open_checkpoint(path: Path) -> Checkpoint:
         raise UserError(
             f"checkpoint: {path / 'state.json'}: expected a recipe in it, found none; written by another tool?"
         )
+    if "method" not in state["recipe"]:
+        raise UserError(
+            f"checkpoint: {path}: expected one of a pre-training run, found one of finetune or segment; name best/ or last/ of "
+            "that run, which are there after its first evaluation"
+        )
     recipe = parse_recipe(state["recipe"], str(path / "state.json"))
     return Checkpoint(path, int(state["step"]), float(state["epoch"]), recipe)
 

@@ -103,7 +103,7 @@ def _pretrained(
     model: VisionTransformer, cfg: Mapping[str, Any], head: Mapping[str, Tensor] | None = None, **record: Any
 ) -> Pretrained:
     sizes = {
-        "patch_size": model.patch_embed.patch_size[0],
+        "patch_size": model.patch_embed.img_size[0] // model.patch_embed.grid_size[0],  # a convolutional stem's, too
         "width": model.embed_dim,
         "depth": len(model.blocks),
         "heads": model.blocks[0].attn.num_heads,
@@ -236,11 +236,16 @@ def _create(name: str, arguments: Mapping[str, Any], where: object) -> VisionTra
         ) from error
     except (RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:160]
-        near = ", ".join(timm.list_models(f"{name[:9]}*")[:3])
+        near = ", ".join(timm.list_models(f"{name[:9]}*")[:3]) or "vit_small_patch16_224, vit_base_patch16_224"
         raise UserError(f"checkpoint: {where}: timm cannot make {name!r}: {reason}; it has {near}...") from error
     if not isinstance(model, VisionTransformer):
         raise UserError(
             f"checkpoint: {where}: expected a Vision Transformer, found timm's {type(model).__name__}; name a vit_* model"
+        )
+    if not all(hasattr(block, "attn") and hasattr(block, "mlp") for block in model.blocks):
+        raise UserError(
+            f"checkpoint: {where}: expected blocks of attention, then MLP, found timm's {type(model.blocks[0]).__name__}; "
+            "name another vit_* model"
         )
     return model
 

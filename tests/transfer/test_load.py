@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from lut_ds.engine.build import build_student
 from lut_ds.engine.files import describe_file
 from lut_ds.errors import UserError
-from lut_ds.transfer.load import all_checkpoints, find_checkpoint, load_encoder, load_student
+from lut_ds.transfer.load import all_checkpoints, find_checkpoint, load_encoder, load_student, open_checkpoint
 
 
 @pytest.fixture
@@ -92,6 +92,17 @@ def test_an_mae_run_has_no_teacher(mae_run):
     load_encoder(checkpoint, "student")
     with pytest.raises(UserError, match=r"'mae' has no EMA teacher.*--student"):
         load_encoder(checkpoint, "ema")
+
+
+def test_a_checkpoint_of_a_fine_tuning_is_told_from_a_mistyped_recipe(run_copy):
+    state = find_checkpoint(run_copy).path / "state.json"
+    tree = json.loads(state.read_text())
+    tree["recipe"] = {"model": {"source": "x"}, "augment": {}}
+    state.write_text(json.dumps(tree))
+    with pytest.raises(
+        UserError, match="expected one of a pre-training run, found one of finetune or segment; name best/"
+    ):
+        open_checkpoint(state.parent)
 
 
 def test_nan_weights_are_named(run_copy):

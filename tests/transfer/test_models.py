@@ -84,13 +84,30 @@ def test_published_layouts_give_timms_features(layout, kind, tmp_path):
     assert found.record["left_out"] == left
 
 
+@pytest.mark.parametrize("prefix", ["backbone.", "module._orig_mod.", "model.", "_orig_mod.module."])
 @pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"state_dict": s}, lambda s: {"model": s}])
-def test_an_encoder_alone(wrap, tmp_path):
-    torch.save(wrap(named("backbone.", vit().state_dict())), tmp_path / "teacher.pth")
+def test_an_encoder_alone(wrap, prefix, tmp_path):
+    torch.save(wrap(named(prefix, vit().state_dict())), tmp_path / "teacher.pth")
     found = load_model(tmp_path / "teacher.pth", heads=2)
     with torch.no_grad():
         expected = vit().forward_features(images())[:, 0]
         torch.testing.assert_close(found.features(images(), "cls"), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["student", "ema", None])
+def test_timms_own_training_keeps_an_average(kind, tmp_path):
+    """timm's load_checkpoint takes the average where it is not told otherwise."""
+    models, file = {"student": vit(1), "ema": vit(2)}, tmp_path / "model_best.pth.tar"
+    states = {name: named("module.", model.state_dict()) for name, model in models.items()}
+    torch.save({"epoch": 9, "state_dict": states["student"], "state_dict_ema": states["ema"]}, file)
+    found = load_model(file, kind, heads=2)
+    theirs = vit(3)
+    timm.models.load_checkpoint(theirs, str(file), use_ema=kind != "student", weights_only=True)
+    with torch.no_grad():
+        expected = theirs.forward_features(images())[:, 0]
+        torch.testing.assert_close(found.features(images(), "cls"), expected, atol=1e-5, rtol=0)
+    assert (found.record["kind"], found.record["epoch"]) == (kind or "ema", 9)
+    assert found.record["left_out"] == {"state_dict_ema" if kind == "student" else "state_dict": 30}
 
 
 def test_moco_v3_small_has_twelve_heads(tmp_path):
@@ -212,7 +229,9 @@ def test_what_does_not_fit_is_one_line(state, words, tmp_path):
     "source, words",
     [
         ("timm:resnet18", "expected a Vision Transformer, found timm's ResNet"),
-        ("timm:vit_tiny_patch16_225", "timm cannot make"),
+        ("timm:vit_tiny_patch16_225", r"timm cannot make.*it has vit_tiny_"),
+        ("timm:no_such_model", r"timm cannot make.*it has vit_small"),
+        ("timm:vit_pwee_patch16_reg1_gap_256", "of attention, then MLP, found timm's ParallelScalingBlock"),
         ("timm:vit_tiny_patch16_224:none.pth", "no such file"),
         ("nowhere", "nothing there"),
     ],
@@ -220,6 +239,21 @@ def test_what_does_not_fit_is_one_line(state, words, tmp_path):
 def test_sources_that_are_none(source, words):
     with pytest.raises(UserError, match=words):
         load_model(source)
+
+
+def test_a_token_of_a_convolutional_stem_is_as_large_as_its_cell():
+    """timm calls its patch side 8: it is counted on the stem's map."""
+    found = load_model("timm:vit_tiny_r_s16_p8_224")
+    assert found.record["sizes"]["patch_size"] == 32
+    with pytest.raises(UserError, match="multiple of the patch side 32, found 232"):
+        load_model("timm:vit_tiny_r_s16_p8_224", image_size=232)
+
+
+def test_a_segmenter_is_told_from_a_damaged_export(tmp_path):
+    save_file({"a": torch.ones(1)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"segmenter": {"classes": ["a", "b"]}}')
+    with pytest.raises(UserError, match="expected an encoder or a classifier, found a segmenter"):
+        load_model(tmp_path)
 
 
 def test_another_architecture_and_another_side(tmp_path):
