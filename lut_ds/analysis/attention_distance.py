@@ -53,8 +53,10 @@ def measure(subject: Subject) -> Found:
         UserError: attention of another kind.
     """
     check_attention(subject.model, subject.name)
-    side = subject.model.patch_embed.patch_size
-    distances = patch_distances(subject.grid, (side[0], side[1])).to(next(subject.model.parameters()).device)
+    height, width = (
+        size // cells for size, cells in zip(subject.model.patch_embed.img_size, subject.grid, strict=True)
+    )
+    distances = patch_distances(subject.grid, (height, width)).to(next(subject.model.parameters()).device)
     shape = (3, len(subject.model.blocks), subject.model.blocks[0].attn.num_heads)
     sums = torch.zeros(shape, dtype=torch.float64)
 
@@ -93,7 +95,8 @@ def draw(theme: Theme, found: Sequence[tuple[str, Found]]) -> Figure:
     for (_, each), colour in zip(found, (theme.student, theme.teacher)):
         left.axhline(each.numbers["uniform"], color=colour, linestyle=(0, (5, 4)), linewidth=1)
     left.set(title="Attention distance", xlabel="layer", ylabel="pixels")
-    left.set_ylim(0, 1.08 * max(each.numbers["uniform"] for _, each in found))
+    heads = [value for _, each in found for layer in each.numbers["distance"] for value in layer]
+    left.set_ylim(0, 1.08 * max(*heads, *(each.numbers["uniform"] for _, each in found)))
     _dots(right, theme, found, "entropy")
     right.set(title="Attention entropy", xlabel="layer", ylabel="share of log N", ylim=(0, 1.02))
     left.legend(loc="lower right")

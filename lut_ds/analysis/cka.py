@@ -53,6 +53,13 @@ class MinibatchCKA:
         return cross / (own_first.clamp_min(0).sqrt()[:, None] * own_second.clamp_min(0).sqrt()[None])
 
 
+def check_images(images: int, batch_size: int) -> None:
+    """UserError unless there are minibatches that the estimator is defined for."""
+    for option, found in (("--images", images), ("--batch-size", batch_size)):
+        if found < FEWEST:
+            raise UserError(f"{option}: cka needs at least {FEWEST} images, found {found}; take more, or leave cka out")
+
+
 @torch.no_grad()
 def measure(subjects: Sequence[Subject]) -> dict[str, Found]:
     """CKA between all layers of each subject, and between those of the first and the second.
@@ -63,11 +70,10 @@ def measure(subjects: Sequence[Subject]) -> dict[str, Found]:
         By name, and `between` for two: `cka` [layers][layers] (None where a layer does not vary), `images`.
 
     Raises:
-        UserError: fewer than 4 images.
+        UserError: fewer than 4 images, or a batch of fewer.
     """
     images = len(subjects[0].pixels)
-    if images < FEWEST:
-        raise UserError(f"--images: cka needs at least {FEWEST} images, found {images}; take more")
+    check_images(images, subjects[0].batch_size)
     own = [MinibatchCKA() for _ in subjects]
     between = MinibatchCKA()
     used = 0

@@ -128,10 +128,13 @@ def _prepare(request: Request, other: str | None, only: Sequence[str], images: i
             raise UserError(f"--pool: expected a model with a cls token, found none in {name}; take --pool mean")
     data = request.data or own_data(request.source)
     train, val = _open(data, labels_needed="layers" in only)
+    chosen = spread(train, train_images), spread(val, images)
+    if "cka" in only:
+        cka.check_images(len(chosen[1]), request.batch_size)
     outputs = _outputs(request, other, list(models))
     for output in outputs:
         check_writable(output=output)
-    return Scene(request, models, train, val, (spread(train, train_images), spread(val, images)), outputs)
+    return Scene(request, models, train, val, chosen, outputs)
 
 
 def _outputs(request: Request, other: str | None, names: Sequence[str]) -> tuple[Path, ...]:

@@ -14,7 +14,7 @@ from lut_ds.analysis import attention_distance, attention_maps
 from lut_ds.analysis.attention_distance import attention_entropy, patch_distances
 from lut_ds.analysis.attention_maps import attention_to_patches
 from lut_ds.analysis.figures import LIGHT
-from lut_ds.analysis.subject import check_attention, watch_attention, watch_tokens
+from lut_ds.analysis.subject import Found, check_attention, watch_attention, watch_tokens
 from lut_ds.errors import UserError
 from tests.analysis.models import small_vit, subject
 
@@ -143,6 +143,12 @@ def test_two_models_share_a_figure():
 
 def _legend(axis):
     return axis.get_legend().get_texts() if axis.get_legend() else []
+
+
+def test_heads_that_look_further_than_uniform_attention_are_in_the_picture():
+    numbers = {"distance": [[1.0, 9.0], [20.0, 2.0]], "entropy": [[0.5, 0.5]] * 2, "uniform": 10.0}
+    figure = attention_distance.draw(LIGHT, [("model", Found(numbers, {}))])
+    assert figure.axes[0].get_ylim()[1] > 20
 
 
 def test_attention_of_another_kind_is_refused():

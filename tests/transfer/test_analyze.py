@@ -137,6 +137,8 @@ def test_bad_input_is_one_line(lut_run, analyze, tmp_path):
     assert "found timm's ResNet" in refused(analyze, "timm:resnet10t", "--data", lut_run / "data", *out)
     assert "nothing there" in refused(analyze, lut_run, tmp_path / "nothing", *out)
     assert "--data" in refused(analyze, "timm:vit_tiny_patch16_224", *out)
+    assert "--batch-size: cka needs at least 4 images, found 3" in refused(analyze, lut_run, "--batch-size", "3", *out)
+    assert "--images: cka needs at least 4 images, found 3" in refused(analyze, lut_run, *out, "--images", "3")
     (tmp_path / "file").write_text("")
     assert "found a file" in refused(analyze, lut_run, "-o", tmp_path / "file", "--only", "maps")
     assert not (tmp_path / "out").exists()
