@@ -6,19 +6,25 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lut_ds.analysis.figures import Theme, axes_grid, new_figure
+from lut_ds.analysis.figures import Theme, new_figure
 
 Panel = Callable[[Axes, Theme, Mapping[str, Any]], None]
 
 
 def draw_robustness(theme: Theme, results: Mapping[str, Any]) -> Figure:
-    """What `lut-ds robustness` found, a panel for each kind of test."""
-    panels: list[Panel] = [_sets] if results["sets"] else []
-    panels += [panel for key, panel in _PANELS.items() if key in results]
-    corrupted = len(results["corruptions"]["top1"]) if "corruptions" in results else 0
-    figure = new_figure(max(4.2 * len(panels), 5), max(3.4, 0.24 * corrupted + 1.2))
-    for axes, panel in zip(axes_grid(figure, 1, max(len(panels), 1)), panels, strict=False):
-        panel(axes, theme, results)
+    """What `lut-ds robustness` found, a panel for each kind of test: corruptions on the left, the others beside them."""
+    panels: dict[str, Panel] = {"sets": _sets} if results["sets"] else {}
+    panels |= {name: panel for name, panel in _PANELS.items() if name in results}
+    others = [name for name in panels if name != "corruptions"]
+    if "corruptions" in panels:
+        rows = [["corruptions", other] for other in others] or [["corruptions"]]
+    else:
+        rows = [[*others[i : i + 2], "."][:2] for i in range(0, len(others), 2)] if len(others) > 1 else [others]
+    corrupted = len(results["corruptions"]["top1"]) if "corruptions" in panels else 0
+    figure = new_figure(4.5 * len(rows[0]), max(2.7 * len(rows), 0.24 * corrupted + 1.2))
+    found: dict[str, Axes] = figure.subplot_mosaic(rows)
+    for name, axes in found.items():
+        panels[name](axes, theme, results)
     return figure
 
 
