@@ -1,18 +1,21 @@
 """What a recipe reads: its source, its views, its order, and the loader that joins them."""
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 
 from lut_ds.config import Recipe
 from lut_ds.data import sources
-from lut_ds.data.loader import PretrainLoader
 from lut_ds.data.order import BlockOrder, Order, SampleOrder
 from lut_ds.data.tuning import Loading, choose_loading
 from lut_ds.data.views import Photometric, ViewSpec
 from lut_ds.engine.launch import rank_cores
 from lut_ds.errors import UserError
 from lut_ds.method.degradations import make_degradation
+
+if TYPE_CHECKING:
+    from lut_ds.data.loader import PretrainLoader
 
 
 def view_specs(recipe: Recipe) -> list[ViewSpec]:
@@ -64,7 +67,7 @@ def make_loader(
     world_size: int = 1,
     device: torch.device,
     how: Loading | None = None,
-) -> PretrainLoader:
+) -> "PretrainLoader":
     """The loader of a recipe; what its samples, views and masks are does not depend on the batch sizes.
 
     Args:
@@ -72,6 +75,8 @@ def make_loader(
         global_batch, micro_batch, rank, world_size, device: see PretrainLoader.
         how: threads, prefetch and decoder; None takes what the recipe and the machine's tuning say.
     """
+    from lut_ds.data.loader import PretrainLoader  # with DALI, which a step on ready images does without
+
     return PretrainLoader(
         source,
         view_specs(recipe),

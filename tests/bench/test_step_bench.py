@@ -184,6 +184,13 @@ def test_tasks_follow_the_options(tiny: Recipe) -> None:
     assert "half micro-batch" in make_tasks(tiny, Options(batch=7, variants=True), "cpu")[1]
 
 
+@pytest.mark.slow
+def test_steps_on_ready_images_need_no_dali() -> None:
+    blocked = "import sys; sys.modules['nvidia.dali'] = None; import lut_ds.bench.step, lut_ds.bench.step_run as run; "
+    done = subprocess.run([sys.executable, "-c", f"{blocked}run.make_loader"], capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_kernels_are_forced_while_a_side_runs(tiny: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     tasks, _ = make_tasks(tiny, Options(batch=8, variants=True, expert=True), "cpu")
     found = []
