@@ -30,6 +30,7 @@ from lut_kernels.resources import SPACE_PATH
 from lut_kernels.runtime import INTERPRETED
 
 Record = dict[str, Any]
+SANITIZER_SECONDS = 300  # a GPU may be lent for minutes, and the checker slows everything down many times
 
 
 def run_parity(device: str, dtypes: tuple[torch.dtype, ...]) -> list[Record]:
@@ -91,13 +92,17 @@ def run_guards(device: str, todo: list[Work], dtype: torch.dtype) -> Record:
 
 
 def run_sanitizer() -> Record:
-    """The smoke parity under NVIDIA's memory checker: {passed, detail}; passed is None where it is not installed."""
+    """The smoke parity under NVIDIA's memory checker: {passed, detail}; passed is None where it is not installed or too slow."""
     tool = shutil.which("compute-sanitizer")
     if tool is None:
         print("compute-sanitizer: not installed, memory was checked with guard zones only")
         return {"passed": None, "detail": "not installed"}
     command = [tool, "--error-exitcode", "1", sys.executable, "-m", "lut_kernels.bench", "--parity-only", "--smoke"]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=False, timeout=SANITIZER_SECONDS)
+    except subprocess.TimeoutExpired:
+        print(f"compute-sanitizer: stopped after {SANITIZER_SECONDS} s without a fault, not finished")
+        return {"passed": None, "detail": f"not finished in {SANITIZER_SECONDS} s"}
     detail = "clean" if found.returncode == 0 else f"exit {found.returncode}: {found.stdout[-500:]}"
     print(f"compute-sanitizer: {detail}")
     return {"passed": found.returncode == 0, "detail": detail}
@@ -117,6 +122,14 @@ def environment(device: torch.device) -> Record:
         "memory_gib": round(properties.total_memory / 2**30, 1), "torch": torch.__version__,
         "triton": triton.__version__, "cuda": torch.version.cuda, "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }  # fmt: skip
+
+
+def save(report: Record, folder: Path, arch: str) -> Path:
+    """Write what is known so far; returns the file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"kernels_{arch}.json"
+    path.write_text(json.dumps(report, indent=1) + "\n")
+    return path
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -161,6 +174,7 @@ def main(arguments: list[str] | None = None) -> int:
         **environment(device), "copy_tb_s": top.copy_tb_s, "matmul_tflop_s": top.matmul_tflop_s,
         "parity": parity, "memory_check": memory,
     }  # fmt: skip
+    save(report, options.out, arch)  # what follows takes long
     tuned = [] if options.smoke or options.no_tune or failed else tune("cuda", tuned_work(options.images[0]))
     tuned = without_spills(tuned, arch, json.loads(SPACE_PATH.read_text()))
     source = f"{report['device']}, torch {report['torch']}, {report['date']}"
@@ -173,9 +187,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not options.smoke and not failed:
         write(updated(table(), arch, report["times"], tuned, source), TABLE_PATH)
         forget_table()
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"kernels_{arch}.json"
-    path.write_text(json.dumps(report, indent=1) + "\n")
+    path = save(report, options.out, arch)
     print_table(report["times"], device)
     print(f"{path}: written; table {'left alone' if options.smoke or failed else 'updated: ' + str(TABLE_PATH)}")
     if tuned:

@@ -32,7 +32,8 @@ def attention_rules(measured: list[dict[str, Any]], source: str) -> list[Rule]:
             groups.setdefault(key, []).append(entry["times_us"])
     found: list[Rule] = []
     for (dtype, head_dim, training, tokens), batches in sorted(groups.items()):
-        behind = {side: max(times[side] / min(times.values()) for times in batches) for side in batches[0]}
+        sides = [side for side in batches[0] if all(side in times for times in batches)]
+        behind = {side: max(times[side] / min(times.values()) for times in batches) for side in sides}
         because = "measured, at its worst batch size behind the best: " + ", ".join(
             f"{side} {behind[side]:.2f}" for side in sorted(behind, key=lambda side: behind[side])
         )

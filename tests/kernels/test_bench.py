@@ -8,7 +8,7 @@ import pytest
 import torch
 from lut_kernels import bench, resources
 from lut_kernels.bench_table import attention_rules, simple_rules, tile_rules, updated, without_spills, write
-from lut_kernels.bench_time import Ceiling, floor_us, tuned_work
+from lut_kernels.bench_time import Ceiling, floor_us, time_sides, tuned_work
 from lut_kernels.bench_work import Work, attention_work, parity_work, step_work, transfer_work
 from lut_kernels.dispatch import matches, table
 from lut_kernels.tuning import SPACE
@@ -20,6 +20,25 @@ def test_without_a_gpu_it_says_so_in_one_line(capsys: pytest.CaptureFixture[str]
     output = capsys.readouterr()
     assert output.out == ""
     assert output.err.splitlines() == ["bench: needs a CUDA device, found none; nothing was measured"]
+
+
+def test_a_library_that_fails_at_a_shape_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    def fails(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        raise RuntimeError("cuDNN error: no plan\nand more")
+
+    def double(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        return 2 * inputs["x"]
+
+    work = Work(
+        "attention", "shape", lambda *_: {"x": torch.ones(2)}, double, (), 1, library={"cudnn": fails, "sdpa": double}
+    )
+    found = time_sides(work, "cpu", torch.float32, lambda calls, _: float(len([call() for call in calls])))
+    assert set(found) == {"triton", "sdpa"}
+    assert capsys.readouterr().out == "side left out: shape cudnn: cuDNN error: no plan\n"
+    entry = {"op": "attention", "dtype": "bfloat16", "head_dim": 64, "training": True, "tokens": 50}
+    times = [{"triton": 3.0, "cudnn": 1.0, "sdpa": 2.0}, {"triton": 3.0, "sdpa": 2.0}]
+    (rule,) = attention_rules([{**entry, "times_us": each} for each in times], "here")
+    assert rule["use"] == "sdpa"  # fails for no batch size
 
 
 def named(prefix: str) -> Work:
