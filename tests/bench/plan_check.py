@@ -91,6 +91,7 @@ def main() -> None:
     report = {
         "machine": machine,
         "ranks": ranks,
+        "ranks_machine": machine,
         "activations_an_image": kept_cases(),
         "process_peaks": process_peaks(),
         "process_peaks_machine": machine,
