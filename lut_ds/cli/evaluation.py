@@ -21,10 +21,11 @@ def export(args: argparse.Namespace) -> Answer:
         told = result.get("difference")
         checked = "" if told is None else f"; run from the file, it differs by {told:.1e} of the largest value"
         return result, f"wrote {', '.join(result['files'])}{checked}", DONE
-    if result["step"] is not None:
-        return result, f"wrote {result['weights']} ({result['kind']} of step {result['step']})", DONE
-    left = ", ".join(f"{part} ({count} tensors)" for part, count in result["left_out"].items()) or "nothing"
-    return result, f"wrote {result['weights']} ({result['kind']} of {args.source}); left out: {left}", DONE
+    whose = (
+        f"{result['kind'] or 'weights'} of {args.source if result['step'] is None else 'step ' + str(result['step'])}"
+    )
+    left = ", ".join(f"{part} ({count} tensors)" for part, count in result["left_out"].items())
+    return result, f"wrote {result['weights']} ({whose}){'; left out: ' + left if left else ''}", DONE
 
 
 def model_source(text: str) -> str:
@@ -170,12 +171,12 @@ def add(commands: Commands) -> None:
     sub.add_argument("--temperature", type=_positive_float, default=0.07, help="of the votes (default 0.07)")
     _add_probe(commands)
     sub = commands.add(export)
-    sub.add_argument("source", help="run folder, checkpoint folder, or a .pth file of the published LUT or MAE code")
+    sub.add_argument("source", help=SOURCES)
     sub.add_argument(
         "--format",
         choices=("timm", "hf", "torch-export", "onnx", "torchscript"),
         default="timm",
-        help="timm (default); hf: a ViTModel of transformers; or a program (these take any encoder that `lut-ds knn` does)",
+        help="timm (default); hf: a ViTModel of transformers; or a program",
     )
     which = sub.add_mutually_exclusive_group()
     which.add_argument(
@@ -183,10 +184,10 @@ def add(commands: Commands) -> None:
         dest="kind",
         action="store_const",
         const="ema",
-        help="the EMA teacher's weights (default if there are any)",
+        help="the average (default if there is one)",
     )
     which.add_argument("--student", dest="kind", action="store_const", const="student", help="the student's weights")
-    sub.add_argument("--heads", type=positive, help="attention heads of a .pth file whose size is not published")
+    sub.add_argument("--heads", type=positive, help="attention heads of a file whose size is not published")
     sub.add_argument("-o", "--output", required=True, metavar="DIR", help="folder to write")
     sub = commands.add(finetune)
     sub.add_argument("source", help=SOURCES)

@@ -20,17 +20,24 @@ license: other # TO BE FILLED IN by whoever publishes this
 library_name: {library}
 tags:
 - image-feature-extraction
-- masked-image-modeling
----
+{tags}---
 """
+_METHODS = (
+    "lut",
+    "mae",
+    "moco_v3",
+    "dino",
+    "ibot",
+)  # formats of files that are named for it; they train without labels
+_MASKED = ("lut", "mae", "ibot")
 _LICENCE = (
     "**To be filled in by whoever publishes this.** The weights follow the licence that you give them and the terms of the data "
     "that they were trained on; neither is known to the program that wrote this page."
 )
 _USE = (
-    "Features of images, for retrieval, probing and fine-tuning on classification, detection and segmentation. It was trained "
-    "without labels and has not been examined for bias, safety or decisions about people: what it has learned is what its "
-    "training images show. Evaluate it on your own data before you rely on it."
+    "Features of images, for retrieval, probing and fine-tuning on classification, detection and segmentation. It {trained} "
+    "not been examined for bias, safety or decisions about people: what it has learned is what its training images show. "
+    "Evaluate it on your own data before you rely on it."
 )
 
 
@@ -47,22 +54,31 @@ def model_card(source: str, found: Pretrained, library: str, loading: str, about
     record = found.record
     base = Request(source).folders("knn")[0].parent  # evaluations/ of the run, or of this source
     run = base.parent if (base.parent / "checkpoints").is_dir() else None
+    method = _method(found, about.get("recipe"))
+    tags = "- masked-image-modeling\n" if method in _MASKED else ""
     sections = [
         ("", _what(found)),
         ("How to load", f"```python\n{loading}\n```\n\n{_pixels(found)}"),
         ("Results", _results(base, record["weights"], about)),
         ("Training", _training(run, record, about.get("recipe"))),
-        ("Intended use", _USE),
+        ("Intended use", _USE.format(trained="was trained without labels and has" if method else "has")),
         ("Licence", _LICENCE),
     ]
-    title = f"# {_name(found, about.get('recipe'))}\n"
+    title = f"# {_name(found, method)}\n"
     text = "\n".join(f"## {head}\n\n{body}\n" if head else f"{body}\n" for head, body in sections if body)
-    return f"{_FRONT.format(library=library)}\n{title}\n{text}"
+    return f"{_FRONT.format(library=library, tags=tags)}\n{title}\n{text}"
 
 
-def _name(found: Pretrained, recipe: Mapping[str, Any] | None) -> str:
+def _method(found: Pretrained, recipe: Mapping[str, Any] | None) -> str | None:
+    """How it was pre-trained, where that is told and no labels were used since."""
+    layout = found.record["format"]
+    return ((recipe or {}).get("method") or {}).get("name") or (
+        layout if layout in _METHODS and not found.head else None
+    )
+
+
+def _name(found: Pretrained, method: str | None) -> str:
     sizes = found.record["sizes"]
-    method = ((recipe or {}).get("method") or {}).get("name")
     shape = f"ViT, width {sizes['width']}, depth {sizes['depth']}, patch {sizes['patch_size']}"
     return f"{shape}, pre-trained with {method}" if method else shape
 

@@ -4,10 +4,11 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import timm
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -15,11 +16,11 @@ from torch import Tensor
 from lut_ds.config import Model
 from lut_ds.data.outputs import check_writable
 from lut_ds.errors import RunFault, UserError
-from lut_ds.method.encoder import Encoder
 from lut_ds.method.pixels import IMAGENET_MEAN, IMAGENET_STD
 from lut_ds.transfer.classifier import eval_crop
-from lut_ds.transfer.load import Kind, find_checkpoint, load_encoder
-from lut_ds.transfer.published import read_published
+from lut_ds.transfer.load import Kind, find_checkpoint
+from lut_ds.transfer.models import Pretrained, load_model
+from lut_ds.transfer.programs import TOLERANCE
 
 WEIGHTS, CONFIG, CARD, PREPROCESSOR = "model.safetensors", "config.json", "README.md", "preprocessor_config.json"
 PROGRAMS = {"torch-export": "encoder.pt2", "onnx": "encoder.onnx", "torchscript": "encoder.torchscript.pt"}
@@ -89,66 +90,77 @@ def classifier_config(model: Model, pool: str, labels: Sequence[str], about: dic
     return {**config, "lut_ds": about}
 
 
-@dataclass(frozen=True)
-class Origin:
-    """An encoder to write, its sizes, and where it comes from (for config.json)."""
+def encoder_config(found: Pretrained) -> dict[str, Any]:
+    """The config.json of any encoder: timm's own with timm's pooling, others with the mean of the patch tokens."""
+    encoder, sizes = found.model, found.record["sizes"]
+    ratio = encoder.blocks[0].mlp.fc1.out_features / sizes["width"]
+    config = timm_config(Model(**sizes, image_size=found.image_size, mlp_ratio=ratio))
+    if found.timm is not None:
+        config["architecture"], config["model_args"] = found.timm[0], dict(found.timm[1])
+    elif "fc_norm.weight" in encoder.state_dict():
+        config["model_args"]["fc_norm"] = True
+    elif encoder.blocks[0].attn.qkv.bias is None:
+        config["model_args"]["qkv_bias"] = False
+    config["pretrained_cfg"] |= {"mean": list(found.mean), "std": list(found.std), "crop_pct": found.crop}
+    return config
 
-    encoder: Encoder
-    model: Model
-    about: dict[str, Any]
+
+def origin(source: str | Path, found: Pretrained) -> dict[str, Any]:
+    """Where the weights come from, for config.json and the card: kind, step, and the recipe where it is recorded."""
+    record = found.record
+    about: dict[str, Any] = {"kind": record["kind"], "step": record["step"]}
+    if record["format"] == "run":
+        return about | {"recipe": find_checkpoint(source).recipe.model_dump(mode="json")}
+    config = Path(source) / CONFIG
+    if record["format"] in ("export", "transformers") and config.is_file():
+        return about | (json.loads(config.read_text()).get("lut_ds") or {})
+    return about | {"published": Path(source).name, "epoch": record["epoch"], "left_out": record["left_out"]}
 
 
-def export_timm(source: str | Path, kind: Kind, output: str | Path, heads: int | None = None) -> dict[str, Any]:
-    """Write the encoder of a run, of a checkpoint, or of a published checkpoint file, as a timm checkpoint.
+def export_timm(source: str | Path, kind: Kind | None, output: str | Path, heads: int | None = None) -> dict[str, Any]:
+    """Write an encoder as a timm checkpoint, and see that timm computes the same from it.
 
     `timm.create_model(architecture, checkpoint_path=DIR/model.safetensors, num_classes=0, **model_args)` loads it strictly.
     With timm's default of 1000 classes the file, which has no head, is refused by name ("head.weight" missing): ask for
-    `num_classes=0`, or load through `local-dir:DIR`, where a head of any size is added fresh. Pixels are normalised with
-    ImageNet's mean and std (in config.json), which is not what timm's own ViTs of these names expect.
+    `num_classes=0`, or load through `local-dir:DIR`, where a head of any size is added fresh. The mean and std of its pixels
+    are in config.json: ours and the published codes' are ImageNet's, which is not what timm's own ViTs of these names expect.
 
     Args:
-        source: run folder, checkpoint folder, or a .pth file that the published LUT or MAE code saved.
-        kind: `student` or `ema`.
+        source, heads: as `load_model`'s.
+        kind: `student` or `ema`; None takes the average where there is one.
         output: folder to write; new, empty, or an earlier export, which is replaced whole.
-        heads: attention heads, for a file whose size is not published.
 
     Returns:
-        `weights`, `config` (paths), `kind`, `step` (None for a file), `architecture`, `model_args`, `load` (a line of Python),
-        and for a file `left_out`, tensors by part (decoder, projector, predictor).
+        `weights`, `config` (paths), `kind`, `step` (both None where they are not known), `architecture`, `model_args`, `load`
+        (a line of Python), `left_out` (tensors of the source by part, such as decoder and heads).
 
     Raises:
-        UserError: no valid checkpoint, no teacher in it, or a folder that holds something else.
+        UserError: no such encoder, no teacher in it, one that timm does not make of a name, or a folder that holds something else.
         RunFault: the folder cannot be written.
     """
-    origin = _published(source, kind, heads) if Path(source).is_file() else _trained(source, kind)
     folder = Path(output).absolute()
     check_output(folder, source)
-    architecture, model_args = timm_architecture(origin.model)
-    write_timm(folder, {**timm_config(origin.model), "lut_ds": origin.about}, origin.encoder.state_dict())
-    weights = folder / WEIGHTS
+    found = load_model(source, kind, heads=heads)
+    config = encoder_config(found)
+
+    def write(aside: Path) -> None:
+        _fill(aside, {**config, "lut_ds": origin(source, found)}, found.model.state_dict())
+        _check_parity(aside, found)
+
+    write_folder(folder, write)
+    architecture, weights = config["architecture"], folder / WEIGHTS
+    model_args = dict(item for item in config["model_args"].items() if item not in POOLING.items())
     arguments = "".join(f", {key}={value!r}" for key, value in model_args.items())
     return {
         "weights": str(weights),
         "config": str(folder / CONFIG),
-        "kind": kind,
-        "step": origin.about.get("step"),
+        "kind": found.record["kind"],
+        "step": found.record["step"],
         "architecture": architecture,
         "model_args": model_args,
         "load": f"timm.create_model({architecture!r}, checkpoint_path={str(weights)!r}, num_classes=0{arguments})",
-        **({"left_out": origin.about["left_out"]} if "left_out" in origin.about else {}),
+        "left_out": found.record["left_out"],
     }
-
-
-def _trained(source: str | Path, kind: Kind) -> Origin:
-    checkpoint = find_checkpoint(source)
-    about = {"kind": kind, "step": checkpoint.step, "recipe": checkpoint.recipe.model_dump(mode="json")}
-    return Origin(load_encoder(checkpoint, kind), checkpoint.recipe.model, about)
-
-
-def _published(source: str | Path, kind: Kind, heads: int | None) -> Origin:
-    found = read_published(source, kind, heads)
-    about = {"kind": kind, "published": found.path.name, "epoch": found.epoch, "left_out": found.left_out}
-    return Origin(found.encoder(), found.model, about)
 
 
 def write_timm(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -158,11 +170,26 @@ def write_timm(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Te
         RunFault: the folder cannot be written; what was there is unchanged.
     """
 
-    def write(aside: Path) -> None:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside / WEIGHTS, {"format": "pt"})
-        (aside / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
+    write_folder(folder, lambda aside: _fill(aside, config, tensors))
 
-    write_folder(folder, write)
+
+def _fill(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS, {"format": "pt"})
+    (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
+
+
+@torch.no_grad()
+def _check_parity(folder: Path, found: Pretrained) -> None:
+    """UserError unless timm computes the encoder's tokens from the folder."""
+    images = torch.randn(2, 3, found.image_size, found.image_size, generator=torch.Generator().manual_seed(0))
+    expected = found.model.forward_features(images)
+    told = timm.create_model(f"local-dir:{folder}", pretrained=True).eval().forward_features(images)
+    difference = float((told - expected).abs().max() / expected.abs().max())
+    if difference > TOLERANCE:
+        raise UserError(
+            f"--format timm: expected the same features from timm's model of these sizes, found a difference of {difference:.1e} "
+            "of the largest value; take --format torch-export"
+        )
 
 
 def write_folder(folder: Path, write: Callable[[Path], None]) -> None:

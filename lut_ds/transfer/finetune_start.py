@@ -11,8 +11,7 @@ from lut_ds.errors import UserError
 from lut_ds.transfer.classifier import Loaded, load_encoder_weights, make_classifier
 from lut_ds.transfer.config import FinetuneModel, FinetuneRecipe
 from lut_ds.transfer.labelled import open_labelled
-from lut_ds.transfer.models import Pretrained, load_model
-from lut_ds.transfer.published import HEADS
+from lut_ds.transfer.models import HEADS, Pretrained, load_model
 
 
 def open_images(recipe: FinetuneRecipe) -> tuple[Source, Source]:

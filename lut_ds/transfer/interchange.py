@@ -17,10 +17,11 @@ from lut_ds.transfer.export import (
     WEIGHTS,
     check_output,
     export_timm,
+    origin,
     write_folder,
 )
 from lut_ds.transfer.huggingface import preprocessor_config, vit_config, vit_names
-from lut_ds.transfer.load import Kind, find_checkpoint
+from lut_ds.transfer.load import Kind
 from lut_ds.transfer.models import Pretrained, load_model
 from lut_ds.transfer.programs import EncoderProgram, check_packages, write_program
 
@@ -45,15 +46,14 @@ def export(source: str, kind: Kind | None, output: str, form: str = "timm", head
     """Write an encoder and its model card (README.md).
 
     Args:
-        source: for timm a run, a checkpoint or a .pth file of the published LUT or MAE code; for the others whatever
-            `load_model` takes.
-        kind: whose weights, where there are two; None takes the average where there is one (for timm it must be there).
+        source: whatever `load_model` takes.
+        kind: whose weights, where there are two; None takes the average where there is one.
         output: folder; new, empty, or an earlier export, which is replaced whole.
         form: one of FORMATS.
         heads: attention heads of a file whose size is not published.
 
     Returns:
-        For timm what `export_timm` does; else `format`, `files`, `kind`, `step`, `load` (Python), and for programs
+        For timm what `export_timm` does, and `format`; else `format`, `files`, `kind`, `step`, `load` (Python), and for programs
         `difference` (the largest, in units of the largest value; None where it could not be run). All with `card`.
 
     Raises:
@@ -61,15 +61,15 @@ def export(source: str, kind: Kind | None, output: str, form: str = "timm", head
         RunFault: the folder cannot be written, or a program computes something else.
     """
     if form == "timm":
-        result = export_timm(source, kind or "ema", output, heads)
-        found = load_model(source, kind or "ema", heads=heads)
-        card = model_card(source, found, "timm", _LOADING[form], _about(source, found))
+        result = export_timm(source, kind, output, heads)
+        found = load_model(source, kind, heads=heads)
+        card = model_card(source, found, "timm", _LOADING[form], origin(source, found))
         return {**result, "format": form, "card": str(write_aside(Path(output).absolute() / CARD, card.encode()))}
     folder = Path(output).absolute()
     check_packages(form)
     check_output(folder, source)
     found = load_model(source, kind, heads=heads)
-    about = _about(source, found)
+    about = origin(source, found)
     library = "transformers" if form == "hf" else "torch"
     result = {"format": form, "kind": found.record["kind"], "step": found.record["step"], "load": _LOADING[form]}
     card = model_card(source, found, library, _LOADING[form], about)
@@ -97,14 +97,3 @@ def _write_hf(folder: Path, found: Pretrained, about: dict[str, Any]) -> None:
     save_file(tensors, folder / WEIGHTS, {"format": "pt"})
     (folder / CONFIG).write_text(json.dumps(vit_config(found, about), indent=1) + "\n")
     (folder / PREPROCESSOR).write_text(json.dumps(preprocessor_config(found), indent=1) + "\n")
-
-
-def _about(source: str, found: Pretrained) -> dict[str, Any]:
-    """Where the weights come from, for config.json and the card: kind, step, and the recipe where it is recorded."""
-    about: dict[str, Any] = {"kind": found.record["kind"], "step": found.record["step"]}
-    if found.record["format"] == "run":
-        about["recipe"] = find_checkpoint(source).recipe.model_dump(mode="json")
-    config = Path(source) / CONFIG
-    if found.record["format"] in ("export", "transformers") and config.is_file():
-        about |= json.loads(config.read_text()).get("lut_ds") or {}
-    return about

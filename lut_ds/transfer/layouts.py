@@ -17,8 +17,9 @@ from torch import Tensor
 from lut_ds.errors import UserError
 from lut_ds.transfer.load import Kind
 
-# First parts of timm's names in a plain ViT; anything else in a file belongs to heads, decoders and objectives.
-ENCODER_PARTS = ("cls_token", "pos_embed", "patch_embed", "blocks", "norm", "norm_pre", "fc_norm", "reg_token")
+# First parts of timm's names in a ViT; anything else in a file belongs to heads, decoders and objectives.
+_TOKENS, _POOLING = ("cls_token", "dist_token", "reg_token"), ("attn_pool", "fc_norm")
+ENCODER_PARTS = (*_TOKENS, "pos_embed", "patch_embed", "norm_pre", "blocks", "norm", *_POOLING)
 _MOCO_NAMES = ("vit_small", "vit_base", "vit_conv_small", "vit_conv_base")  # MoCo v3's, for `arch` in its files
 # What distributed training, torch.compile, Lightning and the codes themselves put before names.
 _WRAPPERS = ("module.", "_orig_mod.", "model.", "base_encoder.", "momentum_encoder.", "backbone.", "ema.", "encoder.")
@@ -194,6 +195,10 @@ def _find_moco(
 
 def _pick(sets: Mapping[str, Any], kind: Kind | None, path: Path) -> tuple[Kind, Mapping[Any, Any]]:
     found = [name for name, state in sets.items() if isinstance(state, Mapping) and state]
+    if not found:
+        raise UserError(
+            f"checkpoint: {path}: expected a Vision Transformer, found an empty state dict; name another file"
+        )
     kind = kind or ("ema" if "ema" in found else "student")
     if kind not in found:
         advice = (
@@ -202,7 +207,7 @@ def _pick(sets: Mapping[str, Any], kind: Kind | None, path: Path) -> tuple[Kind,
             else "take the average (--ema, in a recipe model.weights=ema)"
         )
         raise UserError(
-            f"checkpoint: {path}: expected weights of kind {kind!r}, found {', '.join(found) or 'none'} alone; {advice}"
+            f"checkpoint: {path}: expected weights of kind {kind!r}, found {', '.join(found)} alone; {advice}"
         )
     return kind, sets[kind]
 

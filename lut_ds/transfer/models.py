@@ -21,10 +21,11 @@ from lut_ds.method.pixels import IMAGENET_MEAN, IMAGENET_STD
 from lut_ds.transfer.huggingface import is_vit_folder, read_vit
 from lut_ds.transfer.layouts import ENCODER_PARTS, StateDict, check_finite, read_config, read_state_dict
 from lut_ds.transfer.load import Kind, find_checkpoint, load_encoder
-from lut_ds.transfer.published import HEADS
 
 Pool = Literal["mean", "cls"]
 PREFIX = "timm:"
+# Attention heads of the published encoders by width; weights do not tell them.
+HEADS = {384: 6, 512: 8, 768: 12, 1024: 16, 1280: 16}
 _MOCO_HEADS = {384: 12}  # where MoCo v3's differ from the others'
 _NEEDED = ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight")
 
@@ -42,6 +43,7 @@ class Pretrained:
         head: the linear classifier of its file, `head.weight` [C, D] and `head.bias` [C]; empty without one.
         classes: what that classifier tells apart, where the file says so.
         crop: side of the centre crop over the shorter side of the resized image, of timm's own evaluation.
+        timm: timm's name and the constructor arguments, of a model that timm made; None: see `plain_vit`.
     """
 
     model: VisionTransformer
@@ -52,6 +54,7 @@ class Pretrained:
     head: Mapping[str, Tensor] = field(default_factory=dict)
     classes: tuple[str, ...] = ()
     crop: float = 0.875
+    timm: tuple[str, Mapping[str, Any]] | None = None
 
     def normalised(self, pixels: Tensor) -> Tensor:
         """uint8 [B, S, S, 3] -> float32 [B, 3, S, S] as the model expects it."""
@@ -144,20 +147,15 @@ def _from_export(weights: Path, config: Path) -> Pretrained:
     if is_vit_folder(config):
         return _from_transformers(weights.parent)
     cfg = read_config(config)
-    about = cfg.get("lut_ds") or {}
-    model = _create(cfg["architecture"], {**cfg.get("model_args", {}), "num_classes": 0}, config)
+    about, arguments = cfg.get("lut_ds") or {}, cfg.get("model_args") or {}
+    model = _create(cfg["architecture"], {**arguments, "num_classes": 0}, config)
     state = read_state_dict(weights, None)
     _load(model, _fitting(state.weights, model, weights), weights)
-    return _pretrained(
-        model,
-        cfg.get("pretrained_cfg", {}),
-        state.head,
-        source=str(weights.parent),
-        format="export",
-        kind=about.get("kind"),
-        step=about.get("step"),
-        left_out=state.left_out,
+    record = {"kind": about.get("kind"), "step": about.get("step"), "left_out": state.left_out}
+    found = _pretrained(
+        model, cfg.get("pretrained_cfg", {}), state.head, source=str(weights.parent), format="export", **record
     )
+    return replace(found, timm=(cfg["architecture"], arguments))
 
 
 def _from_transformers(folder: Path) -> Pretrained:
@@ -171,25 +169,25 @@ def _from_transformers(folder: Path) -> Pretrained:
 def _from_timm(text: str, kind: Kind | None) -> Pretrained:
     name, _, file = text.removeprefix(PREFIX).partition(":")
     model = _create(name, {"num_classes": 0}, text)
-    if not file and "." in name:
-        return _from_timms_own(model, name, text)
-    if not file:
-        return _pretrained(model, model.pretrained_cfg, source=text, format="timm", random=True)
-    state = read_state_dict(Path(file), kind)
-    _load(model, _fitting(state.weights, model, Path(file)), Path(file))
-    return _pretrained(
-        model, model.pretrained_cfg, state.head, source=text, format="timm", kind=state.kind, left_out=state.left_out
-    )
+    head: Mapping[str, Tensor] = {}
+    record: dict[str, Any] = {"random": True}
+    if file:
+        state = read_state_dict(Path(file), kind)
+        _load(model, _fitting(state.weights, model, Path(file)), Path(file))
+        head, record = state.head, {"kind": state.kind, "left_out": state.left_out}
+    elif "." in name:
+        head, record = _timms_own(model, name, text)
+    found = _pretrained(model, model.pretrained_cfg, head, source=text, format="timm", **record)
+    return replace(found, timm=(name.partition(".")[0], {}))
 
 
-def _from_timms_own(model: VisionTransformer, name: str, text: str) -> Pretrained:
-    """The weights that timm publishes under a tag, from its cache or the network."""
+def _timms_own(model: VisionTransformer, name: str, text: str) -> tuple[Mapping[str, Tensor], dict[str, Any]]:
+    """Load the weights that timm publishes under a tag, from its cache or the network; a linear head, and what was left out."""
     state = _create(name, {"pretrained": True}, text).state_dict()
     head = {key: value for key, value in state.items() if key.partition(".")[0] not in ENCODER_PARTS}
     _load(model, {key: value for key, value in state.items() if key not in head}, Path(name))
     parts = dict(Counter(key.partition(".")[0] for key in head))
-    linear = head if set(head) == {"head.weight", "head.bias"} else {}
-    return _pretrained(model, model.pretrained_cfg, linear, source=text, format="timm", left_out=parts)
+    return head if set(head) == {"head.weight", "head.bias"} else {}, {"left_out": parts}
 
 
 def _from_file(path: Path, kind: Kind | None, heads: int | None) -> Pretrained:

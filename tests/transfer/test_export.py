@@ -9,9 +9,17 @@ from lut_ds.config import Model
 from lut_ds.errors import UserError
 from lut_ds.method.encoder import Encoder
 from lut_ds.method.lut import pool
-from lut_ds.transfer.export import ARCHITECTURES, export_timm, timm_architecture, timm_config
+from lut_ds.transfer.export import (
+    ARCHITECTURES,
+    classifier_config,
+    export_timm,
+    timm_architecture,
+    timm_config,
+    write_timm,
+)
 from lut_ds.transfer.interchange import export
 from lut_ds.transfer.load import find_checkpoint, load_encoder
+from lut_ds.transfer.models import load_model
 
 
 @pytest.fixture(scope="module")
@@ -134,8 +142,74 @@ def test_what_is_exported_and_other_models_are_not_replaced(lut_run, tmp_path):
     assert len(before) == len(list((tmp_path / "ours").iterdir()))
 
 
+def tiny(**changes):
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 3}
+    return timm.create_model("vit_base_patch16_224", **{**sizes, **changes}).eval()
+
+
+def dino(folder, model):
+    state = {f"backbone.{name}": value for name, value in model.state_dict().items() if not name.startswith("head")}
+    torch.save(
+        {"teacher": state, "student": {f"module.{name}": value for name, value in state.items()}}, folder / "f.pth"
+    )
+    return str(folder / "f.pth")
+
+
+def fine_tuned(folder, model):
+    sizes = Model(image_size=32, patch_size=8, width=32, depth=2, heads=2)
+    about = {"step": 9, "recipe": {"model": {}, "augment": {}}, "top1": 50.0}
+    write_timm(folder / "best", classifier_config(sizes, "mean", ["a", "b", "c"], about), model.state_dict())
+    return str(folder / "best")
+
+
+def in_transformers(folder, model):
+    torch.save(model.state_dict(), folder / "plain.pth")
+    export(str(folder / "plain.pth"), None, str(folder / "hf"), "hf", heads=2)
+    return str(folder / "hf")
+
+
+@pytest.mark.parametrize(
+    "write, changes, method",
+    [(dino, {}, "dino"), (fine_tuned, {"global_pool": "avg", "fc_norm": True}, None), (in_transformers, {}, None)],
+)
+def test_any_encoder_goes_to_timm_with_equal_features(write, changes, method, images, tmp_path):
+    model = tiny(**changes)
+    source, out = write(tmp_path, model), tmp_path / "out"
+    result = export(source, None, str(out), heads=2)
+    by_line = eval(result["load"], {"timm": timm})
+    local = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
+    tokens = features(model, images)
+    for theirs in (by_line, local):
+        torch.testing.assert_close(features(theirs, images), tokens, atol=1e-5, rtol=1e-5)
+    expected = load_model(source, heads=2).features(images, "mean")
+    torch.testing.assert_close(local(images), expected, atol=1e-5, rtol=1e-5)
+    assert load_model(out).record["weights"] == load_model(source, heads=2).record["weights"]
+    card = (out / "README.md").read_text()
+    assert ("was trained without labels" in card) == (method is not None)
+    assert f"pre-trained with {method}" in card or method is None
+
+
+def test_a_timm_model_keeps_its_name_pixels_and_other_parts(tmp_path):
+    result = export("timm:test_vit2", None, str(tmp_path / "out"))
+    assert (result["architecture"], result["model_args"]) == ("test_vit2", {})
+    found = load_model(tmp_path / "out")
+    assert (found.mean, found.crop) == ((0.5, 0.5, 0.5), 0.95)
+    assert "reg_token" in found.model.state_dict()
+
+
+def test_features_that_timm_would_not_compute_are_refused(tmp_path):
+    """transformers' ViTs come with any epsilon; timm's have one."""
+    folder = in_transformers(tmp_path, tiny())
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    (tmp_path / "hf" / "config.json").write_text(json.dumps({**config, "layer_norm_eps": 0.5}))
+    with pytest.raises(UserError, match=r"expected the same features from timm's model.*--format torch-export"):
+        export_timm(folder, None, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_mae_run_exports_its_student_only(mae_run, tmp_path):
     assert export_timm(mae_run, "student", tmp_path / "out")["kind"] == "student"
+    assert export(str(mae_run), None, str(tmp_path / "default"))["kind"] == "student", "nobody said whose"
     with pytest.raises(UserError, match="no EMA teacher"):
         export_timm(mae_run, "ema", tmp_path / "ema")
     assert not (tmp_path / "ema").exists()

@@ -150,6 +150,16 @@ def test_timm_names_with_and_without_a_file(tmp_path):
     assert (found.record["left_out"], found.record["resized_from"], found.record["random"]) == ({"head": 2}, 224, False)
 
 
+def test_tokens_of_a_distilled_model_come_from_its_file(tmp_path):
+    model = timm.create_model("deit_tiny_distilled_patch16_224", num_classes=2).eval()
+    torch.save(model.state_dict(), tmp_path / "file.pth")
+    found = load_model(f"timm:deit_tiny_distilled_patch16_224:{tmp_path / 'file.pth'}")
+    with torch.no_grad():
+        expected = model.forward_features(images(224))
+        torch.testing.assert_close(found.model.forward_features(images(224)), expected, atol=1e-5, rtol=0)
+    assert found.record["left_out"] == {"head": 2, "head_dist": 2}
+
+
 def test_weights_that_timm_publishes(tmp_path, monkeypatch):
     """From a cache as a download leaves it: no network is asked."""
     published = timm.create_model("test_vit.r160_in1k").eval()

@@ -15,7 +15,7 @@ from torch import Tensor
 from lut_ds.errors import UserError
 from lut_ds.method.lut import encode_views, pool
 from lut_ds.transfer.export import export_timm
-from lut_ds.transfer.published import HEADS, read_published
+from lut_ds.transfer.models import HEADS, load_model
 from tests.golden_data import Golden, golden_files, load_golden
 from tests.method.builders import load_teacher, lut_from, mae_from, teacher_from
 from tests.transfer.runs import lut_ds
@@ -46,17 +46,14 @@ def timm_features(result: dict[str, Any], images: Tensor) -> Tensor:
 @pytest.mark.parametrize("path", LUTS, ids=lambda path: path.stem)
 def test_golden_published_lut_student_in_our_names(path: Path, tmp_path: Path) -> None:
     golden = load_golden(path)
-    found = read_published(lut_file(tmp_path, golden), "student", golden.config["num_heads"])
+    found = load_model(lut_file(tmp_path, golden), "student", heads=golden.config["num_heads"])
     student = lut_from(golden.config)
-    student.load_state_dict(dict(found.weights), strict=True)
+    student.encoder.load_state_dict(found.model.state_dict(), strict=False)  # positions are computed, not stored
     masking = student.mask(golden["in.noise"])
-    views = [golden["in.view1"], golden["in.view2"]]
     with torch.no_grad():
-        latent = encode_views(student.encoder, views, masking.ids_keep)
-        by_import = encode_views(found.encoder(), views, masking.ids_keep)
+        latent = encode_views(student.encoder, [golden["in.view1"], golden["in.view2"]], masking.ids_keep)
     torch.testing.assert_close(latent, torch.cat([golden["out.latent1"], golden["out.latent2"]]), **FORWARD)
-    assert torch.equal(by_import, latent)
-    assert (found.epoch, set(found.others)) == (7, {"optimizer", "epoch", "args", "model_ema", "scaler"})
+    assert (found.record["format"], found.record["epoch"]) == ("lut", 7)
 
 
 @pytest.mark.parametrize("path", LUTS, ids=lambda path: path.stem)
@@ -73,10 +70,11 @@ def test_golden_published_lut_teacher_in_timms_names(path: Path, tmp_path: Path)
     with torch.no_grad():
         pooled = pool(encode_views(teacher.encoder, [golden["in.view1"]], None))
         torch.testing.assert_close(model(golden["in.view1"]), pooled, **FORWARD)
-    parts = {"decoder", "projector", "predictor"} if config["depth_head"] else {"decoder", "predictor"}
-    parts -= set() if config["depth_pred"] else {"predictor"}
-    assert set(result["left_out"]) == parts
-    assert sum(result["left_out"].values()) + len(model.state_dict()) == len(golden.group("teacher"))
+    left = dict(result["left_out"])
+    assert left.pop("model") == len(golden.group("student"))
+    heads = {name for name, key in (("head", "depth_head"), ("predictor", "depth_pred")) if config[key]}
+    assert {part for part in left if "decoder" not in part} == {"mask_token", *heads}
+    assert sum(left.values()) + len(model.state_dict()) == len(golden.group("teacher"))
     about = json.loads((tmp_path / "out" / "config.json").read_text())["lut_ds"]
     assert (about["kind"], about["published"], about["epoch"]) == ("ema", "checkpoint-7.pth", 7)
 
@@ -85,21 +83,20 @@ def test_golden_published_lut_teacher_in_timms_names(path: Path, tmp_path: Path)
 def test_golden_published_mae(path: Path, tmp_path: Path) -> None:
     golden = load_golden(path)
     file = saved(tmp_path / "mae.pth", model=golden.group("model"))
-    found = read_published(file, "student", golden.config["num_heads"])
+    found = load_model(file, heads=golden.config["num_heads"])
     model = mae_from(golden.config)
-    model.load_state_dict(dict(found.weights), strict=True)
+    model.encoder.load_state_dict(found.model.state_dict(), strict=False)  # positions are computed, not stored
     masking = model.mask(golden["in.noise"])
     with torch.no_grad():
-        latent = encode_views(found.encoder(), [golden["in.view"]], masking.ids_keep)
+        latent = encode_views(model.encoder, [golden["in.view"]], masking.ids_keep)
         torch.testing.assert_close(latent, golden["out.latent"], **FORWARD)
-        torch.testing.assert_close(model.decoder(latent, masking.ids_restore), golden["out.pred"], **FORWARD)
-    result = export_timm(file, "student", tmp_path / "out", golden.config["num_heads"])
-    assert set(result["left_out"]) == {"decoder"}
+    result = export_timm(file, None, tmp_path / "out", golden.config["num_heads"])
+    assert all(part.startswith("decoder") or part == "mask_token" for part in result["left_out"])
     with torch.no_grad():
         expected = model.encoder.eval().forward_features(golden["in.view"])
     torch.testing.assert_close(timm_features(result, golden["in.view"]), expected, **FORWARD)
-    with pytest.raises(UserError, match=r"'model_ema'.*--student"):
-        read_published(file, "ema")
+    with pytest.raises(UserError, match=r"expected weights of kind 'ema'.*--student"):
+        export_timm(file, "ema", tmp_path / "average", golden.config["num_heads"])
 
 
 def encoder_state(width: int, patch: int = 16, grid: int = 2, depth: int = 1) -> dict[str, Tensor]:
@@ -114,11 +111,10 @@ def encoder_state(width: int, patch: int = 16, grid: int = 2, depth: int = 1) ->
 @pytest.mark.parametrize("width,patch", [(384, 16), (768, 16), (1280, 14)])
 def test_an_encoder_alone_in_half_precision(width: int, patch: int, tmp_path: Path) -> None:
     file = saved(tmp_path / "encoder.pth", model=encoder_state(width, patch))
-    found = read_published(file, "student")
-    m = found.model
-    assert (m.width, m.heads, m.depth, m.patch_size, m.image_size) == (width, HEADS[width], 1, patch, 2 * patch)
-    assert found.left_out == {}
-    assert all(value.dtype == torch.float32 for value in found.encoder().state_dict().values())
+    found = load_model(file)
+    assert found.record["sizes"] == {"width": width, "heads": HEADS[width], "depth": 1, "patch_size": patch}
+    assert (found.image_size, found.record["left_out"]) == (2 * patch, {})
+    assert all(value.dtype == torch.float32 for value in found.model.state_dict().values())
 
 
 class Pwned:
@@ -143,7 +139,7 @@ def test_what_a_file_holds_is_never_run(tmp_path: Path) -> None:
     (tmp_path / "evil.pth").write_bytes(pickle.dumps(Pwned(marker)))
     for path in (file, tmp_path / "evil.pth"):
         with pytest.raises(UserError, match="cannot be read safely"):
-            read_published(path, "student")
+            load_model(path, "student")
     done = lut_ds("export", "evil.pth", "--student", "-o", "out", cwd=tmp_path)
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1
@@ -154,25 +150,27 @@ def test_what_a_file_holds_is_never_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "content, named",
     [
-        ({}, "'model' in it, found optimizer"),
-        ({"model": 3}, "'model' in it"),
+        ({}, "something else at optimizer"),
+        ({"model": 3}, "something else at optimizer"),
         ({"model": {"cls_token": 3}}, "something else at cls_token"),
-        ({"model": {}}, "none of its cls_token"),
-        ({"model": changed(pos_embed=None)}, "none of its pos_embed"),
-        ({"model": changed(**{"norm.weight": None})}, "one without norm.weight"),
-        ({"model": changed(**{"fc_norm.weight": torch.ones(384)})}, "one with fc_norm.weight"),
-        ({"model": changed(**{"head.weight": torch.ones(10, 384)})}, "with a classifier"),
-        ({"model": changed(cls_token=torch.full((1, 1, 384), torch.nan))}, "infinity in encoder.cls_token"),
-        ({"model": changed(pos_embed=torch.ones(5, 384))}, "of .3, 2, 4, 2. dimensions"),
-        ({"model": changed(**{"norm.weight": torch.ones(3)})}, "other shapes"),
+        ({"model": {}}, "found an empty state dict"),
+        ({"model": changed(pos_embed=None)}, "no pos_embed"),
+        ({"model": changed(**{"norm.weight": None})}, "found none of norm.weight"),
+        ({"model": changed(**{"fc_norm.weight": torch.ones(384)})}, "found none of fc_norm.bias"),
+        ({"model": changed(cls_token=torch.full((1, 1, 384), torch.nan))}, "infinity in cls_token"),
+        ({"model": changed(pos_embed=torch.ones(5, 384))}, "other dimensions"),
+        ({"model": changed(**{"norm.weight": torch.ones(3)})}, "found norm.weight .3. for .384."),
         ({"model": changed(width=64)}, "--heads N"),
     ],
 )
-def test_what_is_no_pretraining_checkpoint_is_named(content: dict[str, Any], named: str, tmp_path: Path) -> None:
+def test_what_is_no_encoder_is_named_and_nothing_is_written(
+    content: dict[str, Any], named: str, tmp_path: Path
+) -> None:
     with pytest.raises(UserError, match=named) as caught:
-        read_published(saved(tmp_path / "file.pth", **content), "student").encoder()
+        export_timm(saved(tmp_path / "file.pth", **content), "student", tmp_path / "out")
     assert "file.pth" in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("data", [b"", b"not a checkpoint", b"PK\x03\x04broken"])
@@ -180,7 +178,7 @@ def test_a_damaged_file_is_one_line(data: bytes, tmp_path: Path) -> None:
     file = tmp_path / "damaged.pth"
     file.write_bytes(data)
     with pytest.raises(UserError, match=r"damaged\.pth") as caught:
-        read_published(file, "student")
+        load_model(file, "student")
     assert "\n" not in str(caught.value)
 
 
@@ -190,7 +188,8 @@ def test_the_command_takes_a_file(tmp_path: Path) -> None:
     heads = str(golden.config["num_heads"])
     done = lut_ds("export", str(file), "--ema", "--heads", heads, "-o", "out", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "left out: decoder (" in done.stdout
+    assert "left out: model (" in done.stdout
+    assert "decoder_blocks (" in done.stdout
     assert (tmp_path / "out" / "model.safetensors").is_file()
     done = lut_ds("export", str(file), "-o", "other", cwd=tmp_path)
     assert done.returncode == 2
