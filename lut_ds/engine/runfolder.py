@@ -179,6 +179,8 @@ def recipe_difference(stored: dict[str, Any], recipe: RunRecipe) -> str | None:
                 continue
             default = defaults[section][key]  # a key younger than the run had its default
             there = old.get(key, default) if isinstance(old, dict) else default
+            if name == "method.degradation":  # a file of the user's may be reached by another path
+                there, value = (str(degradation).rpartition("/")[2] for degradation in (there, value))
             if there != value:
                 return f"{name} is {there!r} there and {value!r} here"
     return None

@@ -75,3 +75,18 @@ def test_a_key_that_is_younger_than_the_run_had_its_default(tmp_path: Path, reci
     with pytest.raises(UserError, match=r"data.shuffle is 'global' there and 'blocks' here"):
         open_run_folder(tmp_path / "run", other)
     open_run_folder(tmp_path / "run", recipe).close()
+
+
+def test_a_degradation_of_ones_own_may_have_moved(tmp_path: Path) -> None:
+    """A run that began beside the file goes on from another folder; another class of it is another recipe."""
+
+    def degraded_by(name: str) -> Recipe:
+        return parse_recipe({**tiny_tree(), "method": {"degradation": name}}, "tiny")
+
+    open_run_folder(tmp_path / "run", degraded_by("own.py:Own")).close()
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1}\n')
+    open_run_folder(tmp_path / "run", degraded_by("/elsewhere/own.py:Own")).close()
+    open_run_folder(tmp_path / "run", degraded_by("own.py:Own")).close()
+    for other in ("/elsewhere/own.py:Other", "other.py:Own", "distorted"):
+        with pytest.raises(UserError, match=r"method.degradation is 'own.py:Own' there"):
+            open_run_folder(tmp_path / "run", degraded_by(other))
