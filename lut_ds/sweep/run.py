@@ -18,6 +18,7 @@ from lut_ds.engine.runfolder import claim, environment
 from lut_ds.engine.signals import StopRequest, listen, listened
 from lut_ds.engine.sweepfile import Entry, SweepFile, read_sweep
 from lut_ds.engine.sweepstate import trained
+from lut_ds.errors import UserError
 from lut_ds.method.flops import step_flops
 from lut_ds.sweep import table
 from lut_ds.sweep.checks import Data, check_alone, check_sweep
@@ -51,6 +52,7 @@ def run_sweep(
         RunFault: an image that cannot be read.
     """
     check_alone()
+    _refuse_foreign(out)
     began, sweep = time.monotonic(), read_sweep(path, out, overrides)
     data = check_sweep(sweep, _say)
     for folder in (out, out / "logs"):
@@ -66,6 +68,14 @@ def run_sweep(
         pixels = recorded_pixels(out / _PIXELS, first, data[str(first.data.path)]) if sweep.pixels else None
         results = _results(sweep, failed, stopped, stop, pixels, round(time.monotonic() - began, 1))
         return results, _write(results, out)
+
+
+def _refuse_foreign(out: Path) -> None:
+    """Results may take the place of a sweep's, of nothing else."""
+    first, *others = FILES
+    foreign = next((name for name in others if (out / name).exists()), None)
+    if foreign is not None and not (out / first).is_file():
+        raise UserError(f"--out: {out} holds a {foreign} and no {first}: it is of no sweep; name another folder")
 
 
 def _jobs(sweep: SweepFile, todo: Sequence[Entry], data: Mapping[str, Data], threads: int, out: Path) -> list[Job]:

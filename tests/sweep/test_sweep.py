@@ -164,3 +164,7 @@ def test_what_cannot_work_is_refused_before_anything_is_written(
     code, _, said = sweep(capfd, path, out, "data.path=/nowhere")
     assert (code, "/nowhere" in said) == (2, True)
     assert not out.exists()
+    (tmp_path / "table.csv").write_text("mine")
+    code, _, said = sweep(capfd, path, tmp_path)
+    assert (code, f"--out: {tmp_path} holds a table.csv and no sweep.json" in said) == (2, True)
+    assert (tmp_path / "table.csv").read_text() == "mine"
