@@ -104,7 +104,8 @@ def _evaluated(run: RunRecord) -> list[tuple[Draw, str, str]]:
     """A picture of each evaluation that has one, with its alternative text and caption."""
     found: list[tuple[Draw, str, str]] = []
     for results in run.evaluations.values():
-        about = f"{results.get('pool', '')} features of the {results.get('model', {}).get('kind') or 'model'}"
+        whose = {"ema": "averaged weights", "student": "student"}.get(results.get("model", {}).get("kind"), "model")
+        about = f"{results.get('pool', '')} features of the {whose}"
         step = results.get("model", {}).get("step")
         about += f", step {step:,}" if isinstance(step, int) else ""
         if results.get("evaluation") == "knn":

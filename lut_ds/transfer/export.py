@@ -145,7 +145,7 @@ def export_timm(source: str | Path, kind: Kind | None, output: str | Path, heads
 
     def write(aside: Path) -> None:
         _fill(aside, {**config, "lut_ds": origin(source, found)}, found.model.state_dict())
-        _check_parity(aside, found)
+        _check_parity(aside / WEIGHTS, config, found)
 
     write_folder(folder, write)
     architecture, weights = config["architecture"], folder / WEIGHTS
@@ -179,11 +179,13 @@ def _fill(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
 
 
 @torch.no_grad()
-def _check_parity(folder: Path, found: Pretrained) -> None:
-    """UserError unless timm computes the encoder's tokens from the folder."""
+def _check_parity(weights: Path, config: Mapping[str, Any], found: Pretrained) -> None:
+    """UserError unless timm computes the encoder's tokens from the file."""
     images = torch.randn(2, 3, found.image_size, found.image_size, generator=torch.Generator().manual_seed(0))
     expected = found.model.forward_features(images)
-    told = timm.create_model(f"local-dir:{folder}", pretrained=True).eval().forward_features(images)
+    arguments = {**config["model_args"], "num_classes": 0}
+    model = timm.create_model(config["architecture"], checkpoint_path=str(weights), **arguments)
+    told = model.eval().forward_features(images)
     difference = float((told - expected).abs().max() / expected.abs().max())
     if difference > TOLERANCE:
         raise UserError(

@@ -81,6 +81,7 @@ def test_a_run_and_all_that_was_found_about_it(evaluated, command):
     layers = json.loads((evaluated / "evaluations" / "analysis" / "layers.json").read_text())["found"]["one"]
     top1 = ", ".join(f"{value:.1f}" for value in layers["top1"])
     images = [f"{summary.images_per_second:,.0f} images a second", f"{summary.last['mae']:.4g}", f"{best:.2f}"]
+    images += ["k-NN on mean features of the averaged weights, step 30."]
     for expected in (*images, f"Top-1 by layer {top1} %", "30 of 30 steps", "2026-01-02 03:04:05 spike x <b> 7"):
         assert expected in text, expected
     recipe = yaml.safe_load((evaluated / "recipe.yaml").read_text())

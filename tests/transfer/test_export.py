@@ -174,7 +174,7 @@ def in_transformers(folder, model):
 )
 def test_any_encoder_goes_to_timm_with_equal_features(write, changes, method, images, tmp_path):
     model = tiny(**changes)
-    source, out = write(tmp_path, model), tmp_path / "out"
+    source, out = write(tmp_path, model), tmp_path / "no. 3, 50 % #2"
     result = export(source, None, str(out), heads=2)
     by_line = eval(result["load"], {"timm": timm})
     local = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
