@@ -32,7 +32,7 @@ class FinetuneModel(Section):
     """Run, checkpoint or export folder, a file of timm, LUT, MAE, MoCo v3, DINO or iBOT, timm:NAME:FILE or timm:NAME.TAG (what
     timm publishes); timm:NAME alone starts from random weights."""
     weights: Literal["ema", "student"] = "student"
-    """Whose weights of the source: the student's (as the references), or the EMA teacher's."""
+    """Whose weights of the source: the student's (as MAE, LUT and MoCo v3 do), or the EMA teacher's (as DINO and iBOT do)."""
     image_size: Positive = 224
     """Side of the images, pixels; positions are interpolated to its grid."""
     patch_size: Positive = 16

@@ -62,7 +62,7 @@ def knn_predict(
     Args:
         bank: float [N, D], with int64 `bank_labels` [N] in 0..C-1.
         queries: float [Q, D].
-        ks: neighbours that vote; each in 1..N.
+        ks: neighbours that vote; each in 1..N, and taken once.
         temperature: of the softmax over the neighbours' cosine similarities that weights the votes.
         chunk: queries compared at a time.
 
@@ -79,7 +79,7 @@ def knn_predict(
     for part in queries.split(chunk):
         similarity, nearest = (F.normalize(part.float(), dim=1) @ bank.T).topk(max(ks), dim=1)
         voters = bank_labels[nearest]
-        for k in ks:
+        for k in predicted:
             # A softmax over the k neighbours: the class scores' order is that of sums of exp(similarity / temperature).
             weights = (similarity[:, :k] / temperature).softmax(dim=1)
             votes = weights.new_zeros(len(part), classes).scatter_add_(1, voters[:, :k], weights)
