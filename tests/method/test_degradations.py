@@ -381,6 +381,11 @@ def test_a_recipe_of_a_checkpoint_runs_no_file(tmp_path: Path) -> None:
         ("class Other: ...", "has no attribute 'Own'"),
         ("class Own: ...", "subclass of lut_ds.method.degradations.Degradation"),
         ("from lut_ds.method.degradations import Degradation\nclass Own(Degradation): ...", "with its degrade"),
+        (
+            "from lut_ds.method.degradations import Degradation\nclass Own(Degradation):\n    strength: float = 1.0\n"
+            "    def degrade(self, view, draws, side): return view",
+            "expected @dataclass(frozen=True) above",
+        ),
     ],
 )
 def test_a_file_that_holds_no_degradation_is_one_line(text: str | None, named: str, tmp_path: Path) -> None:

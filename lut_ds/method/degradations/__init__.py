@@ -21,7 +21,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import fields
 from functools import cache
-from inspect import isabstract
+from inspect import get_annotations, isabstract
 from types import ModuleType
 from typing import Any
 
@@ -84,6 +84,8 @@ def _from_file(name: str) -> type[Degradation]:
         raise ValueError(
             f"{name}: expected a subclass of lut_ds.method.degradations.Degradation with its degrade, found {found!r}"
         )
+    if "__dataclass_fields__" not in vars(found) and get_annotations(found).keys() - {"draws"}:
+        raise ValueError(f"{name}: expected @dataclass(frozen=True) above a class with parameters, found none; add it")
     return found
 
 
