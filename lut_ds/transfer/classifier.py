@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lut_ds.errors import UserError
 from lut_ds.method.linear import use_fast_linear
 from lut_ds.method.posembed import interpolate_positions
+from lut_ds.transfer.droppath import share_drop_paths
 
 Pool = Literal["mean", "cls"]
 
@@ -81,6 +82,7 @@ def make_classifier(
     nn.init.trunc_normal_(model.head.weight, std=head_std)
     nn.init.zeros_(model.head.bias)
     use_fast_linear(model)
+    share_drop_paths(model)
     return model
 
 

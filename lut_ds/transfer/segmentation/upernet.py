@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from lut_ds.config import Model
 from lut_ds.method.heads import HeadBatchNorm
 from lut_ds.method.linear import use_fast_linear
+from lut_ds.transfer.droppath import share_drop_paths
 
 STRIDES = (4, 8, 16, 32)  # of the pyramid's maps, pixels
 POOLS = (1, 2, 3, 6)  # sides of the maps that the last one is pooled to
@@ -79,6 +80,7 @@ class PyramidViT(VisionTransformer):
         self.norm = nn.Identity()
         self.layers = list(layers)
         use_fast_linear(self)
+        share_drop_paths(self)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """See the class."""
