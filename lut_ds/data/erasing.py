@@ -45,8 +45,12 @@ def draw_erasures(prob: float, image_size: int, seed: int, epoch: int, samples: 
 
 def erase_(images: Tensor, erasures: list[Erasure]) -> None:
     """Write the noise into normalised images float [B, 3, S, S], in place."""
-    for e in erasures:
+    if not erasures:
+        return
+    noise = torch.cat([e.noise.flatten() for e in erasures])
+    if images.device.type == "cuda":
+        noise = noise.pin_memory()  # from pageable memory the copy would wait for everything queued on the device
+    noise = noise.to(images.device, images.dtype, non_blocking=True)
+    for e, part in zip(erasures, noise.split([e.noise.numel() for e in erasures]), strict=True):
         _, h, w = e.noise.shape
-        images[e.index, :, e.top : e.top + h, e.left : e.left + w] = e.noise.to(
-            images.device, images.dtype, non_blocking=True
-        )
+        images[e.index, :, e.top : e.top + h, e.left : e.left + w] = part.view(3, h, w)

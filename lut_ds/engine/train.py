@@ -175,7 +175,8 @@ def set_up_process(recipe: RunRecipe, ranks: Ranks) -> None:
             torch.set_num_threads(rank_cores())
     else:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.backends.cuda.matmul.allow_tf32 = recipe.precision.compute == "bf16"
+        # Of convolutions too, which torch computes in TF32 unless told not to.
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = recipe.precision.compute == "bf16"
     torch.use_deterministic_algorithms(recipe.run.deterministic or ranks.device.type == "cpu")
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 

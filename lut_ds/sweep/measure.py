@@ -155,7 +155,8 @@ def _evaluate(
         bank = extract(model, "mean", train, "train", cache, compute)
         both = (_pair(bank), _pair(queries))
         if "knn" in evaluate:
-            found["knn"] = {str(k): top1 for k, top1 in knn_top1(*both, KS).items()}
+            there = (_pair(bank, compute.ranks.device), _pair(queries, compute.ranks.device))
+            found["knn"] = {str(k): top1 for k, top1 in knn_top1(*there, KS).items()}
         if "probe" in evaluate:
             found["probe"] = probe_features(*both, train.classes, Sweep(), compute.ranks)[0]["top1"]
     if "spectrum" in evaluate:
@@ -170,8 +171,8 @@ def _evaluate(
     return found
 
 
-def _pair(features: Features) -> tuple[torch.Tensor, torch.Tensor]:
-    return features.values, features.labels
+def _pair(features: Features, device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
+    return features.values.to(device), features.labels.to(device)
 
 
 def _subject(model: Pretrained, val: Source, compute: Compute) -> Subject:

@@ -55,8 +55,22 @@ class Compute:
 def computing(batch_size: int = 128, threads: int | None = None, precision: str = "fp32") -> Iterator[Compute]:
     """A lone process, or the ranks that torchrun, srun or deepspeed started, joined while inside."""
     ranks = discover_ranks()
-    with process_group(ranks) if ranks.world_size > 1 else nullcontext():
+    with process_group(ranks) if ranks.world_size > 1 else nullcontext(), _whole_fp32():
         yield Compute(ranks, batch_size, threads or min(8, rank_cores()), precision)
+
+
+@contextmanager
+def _whole_fp32() -> Iterator[None]:
+    """Inside, fp32 is fp32: not TF32, which torch takes for convolutions, and a training before in this process for products."""
+    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [backend.allow_tf32 for backend in backends]
+    try:
+        for backend in backends:
+            backend.allow_tf32 = False
+        yield
+    finally:
+        for backend, value in zip(backends, before, strict=True):
+            backend.allow_tf32 = value
 
 
 @dataclass(frozen=True)

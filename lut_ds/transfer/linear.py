@@ -191,7 +191,9 @@ class LinearProbe:
         total = torch.zeros((), device=self._compute.ranks.device)
         for _ in range(accumulation):
             batch = next(batches)
-            labels = torch.tensor([self._train.label(i) for i in batch.samples.tolist()], device=total.device)
+            labels = torch.tensor([self._train.label(i) for i in batch.samples.tolist()])
+            if total.device.type == "cuda":  # from pageable memory the copy would wait for all that is queued there
+                labels = labels.pin_memory().to(total.device, non_blocking=True)
             with torch.no_grad(), self._compute.autocast():
                 features = self._found.features(self._found.normalised(batch.views[0]), self._pool)
             loss = F.cross_entropy(self._head(features.float()), labels) / accumulation

@@ -58,8 +58,10 @@ class Pretrained:
 
     def normalised(self, pixels: Tensor) -> Tensor:
         """uint8 [B, S, S, 3] -> float32 [B, 3, S, S] as the model expects it."""
-        mean, std = (torch.tensor(v, device=pixels.device) for v in (self.mean, self.std))
-        return ((pixels.float() / 255 - mean) / std).permute(0, 3, 1, 2)
+        # One channel after the other: a tensor of constants would have to be copied to the device while the host waits.
+        unit = pixels.float() / 255
+        scaled = [(unit[..., c] - mean) / std for c, (mean, std) in enumerate(zip(self.mean, self.std, strict=True))]
+        return torch.stack(scaled, dim=3).permute(0, 3, 1, 2)
 
     def features(self, images: Tensor, pool: Pool) -> Tensor:
         """One vector an image, [B, 3, S, S] -> [B, D]: the mean of the patch tokens, or the cls token, as timm pools them."""
