@@ -3,9 +3,10 @@
     lut-ds pretrain beyond_distorted data.path=DIR method.degradation=examples/solarized.py:Solarized
     lut-ds data show beyond_distorted data.path=DIR method.degradation=examples/solarized.py:Solarized -o sheet.png
 
-It goes with masks (`method.mask_ratio=0.75`) and with LUT's teacher (`method.name=lut`) like any other, and every rank needs
-the file at the same path. Fields with defaults are parameters: `method.degradation_params.lowest=0.5`. What the loss is and
-where it counts are inherited; `lut_ds/method/degradations/base.py` has all that can be changed, `zoomed_in.py` changes all.
+It goes with masks (`method.mask_ratio=0.75`) and with LUT's teacher (`method.name=lut`) like any other. It is tried on two
+images before a run begins, and every rank needs the same file. Fields with defaults are parameters:
+`method.degradation_params.lowest=0.5`. What the loss is and where it counts are inherited;
+`lut_ds/method/degradations/base.py` has all that can be changed, `zoomed_in.py` changes all.
 """
 
 from dataclasses import dataclass

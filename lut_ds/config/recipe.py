@@ -9,7 +9,7 @@ from lut_ds.config.learning import Method, Model
 from lut_ds.config.running import Guard, Run
 from lut_ds.config.section import Section
 from lut_ds.config.training import AdamW, Batches, Optim, Precision, Train
-from lut_ds.method.degradations import make_degradation, own_file
+from lut_ds.method.degradations import make_degradation, own_file, rehearse
 from lut_ds.method.masking import keep_count
 
 
@@ -40,9 +40,11 @@ class Recipe(Section):
         return "random_resized_crop" if self.method.name == "mae" else "resize_crop"
 
     def check_views(self) -> None:
-        """ValueError unless the degradation exists and its views can be cut; runs the file that it is in, where it names one."""
+        """ValueError unless the degradation exists and its views can be cut; runs and tries one that is in a file of its own."""
         try:
             view_side = self.view_side
+            if own_file(self.method.degradation) is not None:
+                self._rehearse()
         except ValueError as error:
             raise ValueError(f"method.degradation: {error}") from None
         if self.crop == "resize_crop" and self.data.crop_pad >= view_side:
@@ -50,6 +52,14 @@ class Recipe(Section):
             raise ValueError(
                 f"data.crop_pad {self.data.crop_pad} is not below {side} {view_side}, which reflection needs; lower it"
             )
+
+    def _rehearse(self) -> None:
+        degradation = make_degradation(self.method.degradation, self.method.degradation_params)
+        assert degradation is not None
+        try:
+            rehearse(degradation, self.model.image_size, self.model.patch_size)
+        except ValueError as error:
+            raise ValueError(f"{self.method.degradation}: {error}") from None
 
     @model_validator(mode="after")
     def _combine(self) -> "Recipe":

@@ -397,6 +397,28 @@ def test_a_file_that_holds_no_degradation_is_one_line(text: str | None, named: s
     assert "method.degradation" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "body, named",
+    [
+        ("return view[:, :, ::2]", "degrade: expected float32 [2, 3, 24, 24], found float32 [2, 3, 12, 24]"),
+        ("return view.double()", "found float64"),
+        ("return None", "degrade: expected a tensor, found NoneType"),
+        ("return view.log()", "degrade: expected finite values"),
+        ("return view @ draws", "expected it to take images of 24 px, found RuntimeError: "),
+        ("return view\n    def loss(self, *_, **__): return torch.zeros(())", "loss: expected a gradient for `pred`"),
+    ],
+)
+def test_a_file_whose_degradation_cannot_be_trained_on_is_one_line(body: str, named: str, tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(
+        "import torch\nfrom lut_ds.method.degradations import Degradation\nclass Own(Degradation):\n"
+        f"    draws = 1\n    def degrade(self, view, draws, side): {body}\n"
+    )
+    with pytest.raises(UserError, match=re.escape(named)) as caught:
+        load_recipe("demo", [f"method.degradation={tmp_path / 'own.py'}:Own"])
+    assert len(str(caught.value).splitlines()) == 1
+    assert "method.degradation: " in str(caught.value)
+
+
 def test_a_name_is_registered_once() -> None:
     with pytest.raises(ValueError, match="registered twice"):
         register("distorted")(DEGRADATIONS["distorted"])

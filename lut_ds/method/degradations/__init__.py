@@ -25,9 +25,9 @@ from inspect import get_annotations, isabstract
 from types import ModuleType
 from typing import Any
 
-from lut_ds.method.degradations.base import DEGRADATIONS, Degradation, register
+from lut_ds.method.degradations.base import DEGRADATIONS, Degradation, register, rehearse
 
-__all__ = ["DEGRADATIONS", "Degradation", "make_degradation", "own_file", "register"]
+__all__ = ["DEGRADATIONS", "Degradation", "make_degradation", "own_file", "register", "rehearse"]
 
 _FILE = re.compile(r"(?P<path>.+\.py):(?P<name>[A-Za-z_]\w*)", re.DOTALL)
 

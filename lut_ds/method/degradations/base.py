@@ -1,10 +1,12 @@
 """What a degradation is, and the registry of them."""
 
+import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, TypeVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -78,3 +80,40 @@ class Degradation(ABC):
 def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
     """sum(weights * values) / sum(weights), both [B, L]: a mean over the whole batch."""
     return (values * weights).sum() / weights.sum()
+
+
+def rehearse(degradation: Degradation, side: int, patch_size: int) -> None:
+    """Try a degradation on two images, as a step will; ValueError unless what comes out can be trained on.
+
+    Args:
+        degradation: of a user's own, of which nothing is known.
+        side, patch_size: of the encoder, pixels.
+    """
+    patches = (side // patch_size) ** 2
+    view = torch.linspace(-2, 2, degradation.view_side(side) ** 2).view(1, 1, degradation.view_side(side), -1)
+    draws = torch.full((2, degradation.draws), 0.5)
+    pred = torch.zeros(2, patches, 3 * patch_size**2, requires_grad=True)
+    counted = torch.ones(2, patches)
+    try:
+        with torch.no_grad():
+            seen = degradation.degrade(view.repeat(2, 3, 1, 1), draws, side)
+        loss = degradation.loss(pred, view.repeat(2, 3, 1, 1), counted, draws, patch_size, norm_pix=True)
+    except Exception as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(
+            f"expected it to take images of {side} px, found {reason} ({last.filename}:{last.lineno})"
+        ) from error
+    _expect("degrade", seen, (2, 3, side, side))
+    _expect("loss", loss, ())
+    if not loss.requires_grad:
+        raise ValueError("loss: expected a gradient for `pred`, found none; compute it from `pred`")
+
+
+def _expect(what: str, found: object, shape: tuple[int, ...]) -> None:
+    if not isinstance(found, Tensor):
+        raise ValueError(f"{what}: expected a tensor, found {type(found).__name__}")
+    if found.shape != shape or found.dtype != torch.float32:
+        raise ValueError(f"{what}: expected float32 {list(shape)}, found {str(found.dtype)[6:]} {list(found.shape)}")
+    if not found.isfinite().all():
+        raise ValueError(f"{what}: expected finite values, found others, of images between -2 and 2")
