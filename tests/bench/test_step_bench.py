@@ -346,5 +346,5 @@ def test_two_ranks_measure_together() -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout)
     assert found["options"]["world_size"] == 2
-    ours = {key: value["median"] for key, value in found["sides"]["ours"].items()}
-    assert 0 < ours["ms_communication"] < ours["ms_whole"] + ours["step_ms"]
+    # No bound from above: it is of steps of its own, in which ranks that share busy cores may wait long for each other.
+    assert found["sides"]["ours"]["ms_communication"]["median"] > 0
