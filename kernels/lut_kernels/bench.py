@@ -30,7 +30,7 @@ from lut_kernels.resources import SPACE_PATH
 from lut_kernels.runtime import INTERPRETED
 
 Record = dict[str, Any]
-SANITIZER_SECONDS = 300  # a GPU may be lent for minutes, and the checker slows everything down many times
+SANITIZER_SECONDS = 300  # the checker slows everything down many times
 
 
 def run_parity(device: str, dtypes: tuple[torch.dtype, ...]) -> list[Record]:

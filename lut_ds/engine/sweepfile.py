@@ -112,9 +112,8 @@ def _entry(name: str, seed: int, recipe: str, words: Sequence[str]) -> Entry:
     """A run, which names its images absolutely: the sweep may go on in another folder."""
     found = load_recipe(recipe, words)
     path = found.data.path
-    if (
-        path is None or os.path.isabs(path) or not os.path.lexists(path)
-    ):  # not there: shards by pattern, a module, a mistake
+    # What is not there may be shards by pattern, a module, or a mistake.
+    if path is None or os.path.isabs(path) or not os.path.lexists(path):
         return Entry(name, seed, found, (recipe, *words))
     path = os.path.abspath(path)
     found = found.model_copy(update={"data": found.data.model_copy(update={"path": path})})

@@ -22,13 +22,8 @@ tags:
 - image-feature-extraction
 {tags}---
 """
-_METHODS = (
-    "lut",
-    "mae",
-    "moco_v3",
-    "dino",
-    "ibot",
-)  # formats of files that are named for it; they train without labels
+# Formats of files that are named for how they were trained: without labels.
+_METHODS = ("lut", "mae", "moco_v3", "dino", "ibot")
 _MASKED = ("lut", "mae", "ibot")
 _LICENCE = (
     "**To be filled in by whoever publishes this.** The weights follow the licence that you give them and the terms of the data "
